@@ -1,0 +1,89 @@
+"""Where pictures live: how images become what an encoder reads and a decoder aims at, and back.
+
+Pixels, VAE latents and VQGAN codes differ only here. Images at this door are b 3 h w, floats in [0, 1].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Resize = Literal["crop", "pad", "exact"]
+
+
+class Canvas(nn.Module, ABC):
+    """Abstract. ``image_size`` is the height and width of the square images that ``read`` takes."""
+
+    image_size: int
+    resize: Resize
+
+    @classmethod
+    def kinds(cls) -> Mapping[str, type[Canvas]]:
+        """The canvases that a config may name by ``kind``."""
+        return CANVASES
+
+    def fit(self, image: Tensor, resize: Resize | None = None) -> Tensor:
+        """One image 3 h w of any size, uint8 or float in [0, 1] -> 3 s s, float32 in [0, 1].
+
+        crop: the shorter side becomes s and the middle is kept. pad: the longer side becomes s, grey fills the rest.
+        exact: both sides become s, whatever the aspect. Bicubic with antialiasing; raises ``ValueError``.
+        """
+        how = resize or self.resize
+        if how not in get_args(Resize):
+            raise ValueError(f"resize is one of {', '.join(get_args(Resize))}; got {how!r}")
+        return fit(image, self.image_size, how)
+
+    @abstractmethod
+    def read(self, images: Tensor) -> Tensor:
+        """images -> x, what the encoder sees."""
+
+    @abstractmethod
+    def target(self, images: Tensor) -> Tensor:
+        """images -> y, what the decoder aims at."""
+
+    @abstractmethod
+    def paint(self, y: Tensor) -> Tensor:
+        """y -> images, not clamped: the gradient of a loss on pictures passes through."""
+
+
+class Pixels(Canvas):
+    """The pixels themselves, in [-1, 1]."""
+
+    def __init__(self, *, size: int, resize: Resize = "crop") -> None:
+        super().__init__()
+        self.image_size, self.resize = size, resize
+
+    def read(self, images: Tensor) -> Tensor:
+        return images * 2 - 1
+
+    def target(self, images: Tensor) -> Tensor:
+        return images * 2 - 1
+
+    def paint(self, y: Tensor) -> Tensor:
+        return (y + 1) / 2
+
+
+CANVASES: dict[str, type[Canvas]] = {"pixels": Pixels}
+
+
+def fit(image: Tensor, size: int, how: Resize) -> Tensor:
+    """See ``Canvas.fit``."""
+    h, w = image.shape[-2:]
+    image = image.float() / 255 if not image.is_floating_point() else image.float()
+    if how == "exact":
+        new_h, new_w = size, size
+    else:
+        scale = size / (min(h, w) if how == "crop" else max(h, w))
+        new_h, new_w = max(1, round(h * scale)), max(1, round(w * scale))
+    if (new_h, new_w) != (h, w):
+        image = F.interpolate(image[None], (new_h, new_w), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    top, left = (new_h - size) // 2, (new_w - size) // 2
+    if how == "crop":
+        return image[:, top : top + size, left : left + size].contiguous()
+    # Negative offsets are the margins to fill.
+    margins = (-left, size - new_w + left, -top, size - new_h + top)
+    return F.pad(image, margins, value=0.5) if any(margins) else image

@@ -1,0 +1,203 @@
+"""The rectified-flow decoder: a diffusion transformer that tokens tell what to draw.
+
+Noisy patches and latent tokens share one sequence, time modulates every block, and a learned null token stands in for
+the tokens in the unconditional branch. FlexTok, Bachmann et al. 2025, arXiv 2502.13967; DiT, arXiv 2212.09748.
+Predicting the clean picture instead of the velocity suits big patches: Li and He 2025, arXiv 2511.13720.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizers_vis.decoders.base import Decoder, DecoderLoss
+from tokenizers_vis.decoders.guidance import adaptive_projected, classifier_free
+from tokenizers_vis.decoders.paths import euler, heun, interpolate, logit_normal, uniform_times
+from tokenizers_vis.decoders.transformer import (
+    Transformer,
+    init_linear,
+    learned,
+    modulate,
+    patchify,
+    prefix_mask,
+    sincos_2d,
+    time_features,
+    unpatchify,
+)
+
+# Dividing by a vanishing t would blow up the last bit of the way to the picture.
+SMALLEST_T = 0.05
+
+
+class FlowDecoder(Decoder):
+    """dim: width of a code. size: height and width of the canvas.
+
+    predict: what the network gives. time_mean, time_std: of the logit-normal training times.
+    null_rate: share of training images whose tokens are replaced by the null token; 0 rules guidance out.
+    steps, guidance, guidance_kind, solver: the defaults of ``forward``.
+    """
+
+    one_pass = False
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        max_tokens: int,
+        size: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        channels: int = 3,
+        mlp: Literal["gelu", "swiglu"] = "swiglu",
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = True,
+        predict: Literal["velocity", "picture"] = "velocity",
+        time_mean: float = 0.0,
+        time_std: float = 1.0,
+        null_rate: float = 0.1,
+        steps: int = 25,
+        guidance: float = 1.0,
+        guidance_kind: Literal["cfg", "apg"] = "cfg",
+        solver: Literal["euler", "heun"] = "euler",
+    ) -> None:
+        super().__init__()
+        if size % patch:
+            raise ValueError(f"size {size} is not a multiple of patch {patch}")
+        self.dim, self.max_tokens, self.patch, self.grid = dim, max_tokens, patch, size // patch
+        self.shape = (channels, size, size)
+        self.predict, self.null_rate = predict, null_rate
+        self.time_mean, self.time_std = time_mean, time_std
+        self.defaults = dict(steps=steps, guidance=guidance, guidance_kind=guidance_kind, solver=solver)
+        self.read_codes = nn.Linear(dim, width)
+        self.token_positions = learned(max_tokens, width)
+        self.null_token = learned(1, width)
+        self.read_patches = nn.Linear(patch * patch * channels, width)
+        self.register_buffer("positions", sincos_2d(self.grid, self.grid, width), persistent=False)
+        self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.transformer = Transformer(
+            width, depth, heads, mlp=mlp, mlp_ratio=mlp_ratio, qk_norm=qk_norm, modulated=True
+        )
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.to_patches = nn.Linear(width, patch * patch * channels)
+        for part in (self.read_codes, self.read_patches, self.time):
+            part.apply(init_linear)
+        for layer in (self.modulation, self.to_patches):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, codes: Tensor, lengths: Tensor | None = None, **sampling: Any) -> Tensor:
+        """Draws pictures y: b c h w for codes: b n d.
+
+        steps: solver steps. guidance: scale, 1 is none. guidance_kind: "cfg" or "apg". solver: "euler" or "heun".
+        noise: b c h w to start from. generator: draws the noise, image by image, so that a batch may be split.
+        With neither, every image starts from one fixed noise: the same codes always give the same picture.
+        """
+        return self._sample(codes, lengths, **{**self.defaults, **sampling})
+
+    def _sample(
+        self,
+        codes: Tensor,
+        lengths: Tensor | None,
+        steps: int,
+        guidance: float,
+        guidance_kind: str,
+        solver: str,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+        **unknown: Any,
+    ) -> Tensor:
+        if unknown:
+            raise ValueError(f"a flow decoder has no option {', '.join(unknown)}; it takes steps, guidance, "
+                             f"guidance_kind, solver, generator and noise")  # fmt: skip
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps is a whole number from 1, got {steps!r}")
+        if guidance_kind not in ("cfg", "apg") or solver not in ("euler", "heun"):
+            raise ValueError(
+                f"guidance_kind is 'cfg' or 'apg', solver is 'euler' or 'heun'; got {guidance_kind!r}, {solver!r}"
+            )
+        if guidance != 1 and self.null_rate == 0:
+            raise ValueError("this decoder was trained without a null token (null_rate 0): guidance must be 1")
+        self.check_codes(codes)
+        x = self._noise(len(codes), generator, noise).to(codes.device, torch.float32)
+        tokens, mask = self._tokens(codes, lengths)
+        nothing = self.null_token.to(tokens.dtype).expand(len(codes), 1, -1)
+        previous: Tensor | None = None
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal previous
+            t = t.expand(len(x))
+            conditional = self._velocity(x, t, tokens, mask)
+            if guidance == 1:
+                return conditional
+            unconditional = self._velocity(x, t, nothing, None)
+            if guidance_kind == "cfg":
+                return classifier_free(conditional, unconditional, guidance)
+            guided, previous = adaptive_projected(conditional, unconditional, guidance, previous)
+            return guided
+
+        return {"euler": euler, "heun": heun}[solver](velocity, x, uniform_times(steps, codes.device))
+
+    def loss(self, codes: Tensor, target: Tensor, lengths: Tensor | None = None) -> DecoderLoss:
+        """Mean squared error of the velocity, at a random time per image."""
+        target = target.float()
+        t = logit_normal(len(target), self.time_mean, self.time_std, target.device).clamp_min(1e-3)
+        noise = torch.randn_like(target)
+        x = interpolate(target, noise, t)
+        tokens, mask = self._tokens(codes, lengths)
+        dropped = torch.rand(len(target), device=target.device) < self.null_rate
+        tokens, mask = self._drop(tokens, mask, dropped)
+        velocity = self._velocity(x, t, tokens, mask)
+        divisor = t.view(-1, 1, 1, 1)
+        # A picture prediction near t = 0 is divided by t; the cap keeps those images from drowning the others.
+        wanted = (x - target) / (divisor.clamp_min(SMALLEST_T) if self.predict == "picture" else divisor)
+        estimate = x - divisor * velocity
+        return DecoderLoss(F.mse_loss(velocity, wanted), estimate, (1 - t) * ~dropped)
+
+    def _velocity(self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """x: b c h w, t: b, tokens: b n width -> velocity b c h w, float32."""
+        dtype = self.null_token.dtype
+        condition = self.time(time_features(t, 256).to(dtype))
+        patches = self.read_patches(patchify(x, self.patch).to(dtype))
+        patches = patches + self.positions.to(patches.dtype)
+        sequence = torch.cat([patches, tokens.to(patches.dtype)], dim=1)
+        out = self.transformer(sequence, mask, condition)[:, : patches.shape[1]]
+        shift, scale = self.modulation(F.silu(condition)).unsqueeze(1).chunk(2, dim=-1)
+        out = self.to_patches(modulate(self.norm(out), shift, scale))
+        out = unpatchify(out, self.patch, self.grid).float()
+        if self.predict == "velocity":
+            return out
+        return (x - out) / t.view(-1, 1, 1, 1).clamp_min(SMALLEST_T)
+
+    def _tokens(self, codes: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        n = codes.shape[1]
+        tokens = self.read_codes(codes.to(self.null_token.dtype)) + self.token_positions[:n]
+        return tokens, prefix_mask(lengths, n, before=self.grid**2)
+
+    def _drop(self, tokens: Tensor, mask: Tensor | None, dropped: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Leaves only the null token to the images that are dropped."""
+        b, n, _ = tokens.shape
+        if not dropped.any():
+            return tokens, mask
+        if mask is None:
+            mask = prefix_mask(torch.full((b,), n, device=tokens.device), n, before=self.grid**2)
+        alone = prefix_mask(torch.ones(b, dtype=torch.int64, device=tokens.device), n, before=self.grid**2)
+        return (
+            torch.where(dropped.view(-1, 1, 1), self.null_token.to(tokens.dtype), tokens),
+            torch.where(dropped.view(-1, 1, 1, 1), alone, mask),
+        )
+
+    def _noise(self, b: int, generator: torch.Generator | None, noise: Tensor | None) -> Tensor:
+        if noise is not None:
+            if tuple(noise.shape) != (b, *self.shape):
+                raise ValueError(f"noise is {(b, *self.shape)} (b c h w of the canvas), got {tuple(noise.shape)}")
+            return noise
+        if generator is None:
+            # Always drawn on the CPU: the same picture on every device.
+            return torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).expand(b, -1, -1, -1)
+        return torch.stack([torch.randn(self.shape, generator=generator, device=generator.device) for _ in range(b)])

@@ -1,0 +1,181 @@
+"""The one transformer of the house: attention, MLP, block; plain, or modulated by a condition (adaLN-zero).
+
+Pre-norm residual blocks on scaled_dot_product_attention. Encoders and decoders build on it.
+QK-norm: Dehghani et al. 2023, arXiv 2302.05442. adaLN-zero: Peebles and Xie 2022, arXiv 2212.09748.
+
+Letters: b batch, n tokens, d width, h heads, e width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Self-attention, one fused projection for queries, keys and values."""
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, bias: bool) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of heads {heads}")
+        self.heads = heads
+        self.qk_norm = qk_norm
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x: b n d. mask: bool, True where a query (row) may look at a key (column); n n, or b 1 n n."""
+        q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.heads)
+        if self.qk_norm:
+            q, k = (F.layer_norm(t.float(), t.shape[-1:]).to(v.dtype) for t in (q, k))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(rearrange(attended, "b h n e -> b n (h e)"))
+
+
+class MLP(nn.Module):
+    """Two layers with a GELU between, or SwiGLU (Shazeer 2020, arXiv 2002.05202) with 2/3 of the hidden width."""
+
+    def __init__(self, width: int, *, kind: Literal["gelu", "swiglu"], ratio: float, bias: bool) -> None:
+        super().__init__()
+        self.gated = kind == "swiglu"
+        hidden = int(2 * ratio * width / 3) if self.gated else int(ratio * width)
+        self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=bias)
+        self.down = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.gated:
+            return self.down(F.gelu(self.up(x)))
+        gate, value = self.up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); with a condition, both are shifted, scaled and gated by it."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        mlp: Literal["gelu", "swiglu"] = "swiglu",
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = True,
+        affine: bool = False,
+        bias: bool = False,
+        modulated: bool = False,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, elementwise_affine=affine)
+        self.attention = Attention(width, heads, qk_norm=qk_norm, bias=bias)
+        self.mlp_norm = nn.LayerNorm(width, elementwise_affine=affine)
+        self.mlp = MLP(width, kind=mlp, ratio=mlp_ratio, bias=bias)
+        self.modulation = nn.Linear(width, 6 * width) if modulated else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        """x: b n d. condition: b d, for a modulated block."""
+        if self.modulation is None:
+            x = x + self.attention(self.attention_norm(x), mask)
+            return x + self.mlp(self.mlp_norm(x))
+        parts = self.modulation(F.silu(condition)).unsqueeze(1).chunk(6, dim=-1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
+        x = x + gate_a * self.attention(modulate(self.attention_norm(x), shift_a, scale_a), mask)
+        return x + gate_m * self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks of one kind."""
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        *,
+        mlp: Literal["gelu", "swiglu"] = "swiglu",
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = True,
+        affine: bool = False,
+        bias: bool = False,
+        modulated: bool = False,
+    ) -> None:
+        super().__init__()
+        options = dict(mlp=mlp, mlp_ratio=mlp_ratio, qk_norm=qk_norm, affine=affine, bias=bias, modulated=modulated)
+        self.blocks = nn.ModuleList(Block(width, heads, **options) for _ in range(depth))
+        self.apply(init_linear)
+        for block in self.blocks:
+            if block.modulation is not None:
+                nn.init.zeros_(block.modulation.weight)
+            # Keeps the residual stream's variance from growing with depth (GPT-2).
+            for layer in (block.attention.out, block.mlp.down):
+                layer.weight.data.mul_((2 * depth) ** -0.5)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask, condition)
+        return x
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def init_linear(module: nn.Module) -> None:
+    """Weights of variance 1 / fan-in, biases zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def learned(*shape: int, std: float = 0.5) -> nn.Parameter:
+    """A learned table of vectors (positions, registers, mask tokens).
+
+    About as large as the content that positions are added to: with the usual 0.02 a small model cannot tell its tokens
+    apart and stays on the mean colour for long.
+    """
+    return nn.Parameter(torch.randn(*shape) * std)
+
+
+def sincos_2d(height: int, width: int, dim: int) -> Tensor:
+    """Fixed position vectors (h w) d: the first half of the channels tells the row, the second half the column."""
+    if dim % 4:
+        raise ValueError(f"2D sine-cosine positions need a width that is a multiple of 4, got {dim}")
+    rate = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [position.flatten()[:, None] * rate for position in (rows, columns)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
+
+
+def time_features(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """t: b, in [0, 1] -> b dim, cosines then sines of 1000 t (the diffusion transformers' convention)."""
+    rate = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angle = 1000 * t.float()[:, None] * rate
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def patchify(x: Tensor, size: int) -> Tensor:
+    """b c (h size) (w size) -> b (h w) (size size c)."""
+    return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=size, q=size)
+
+
+def unpatchify(x: Tensor, size: int, height: int) -> Tensor:
+    """b (h w) (size size c) -> b c (h size) (w size), for ``height`` rows of patches."""
+    return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", p=size, q=size, h=height)
+
+
+def prefix_mask(lengths: Tensor | None, n: int, before: int) -> Tensor | None:
+    """Who may be looked at when each image keeps its first ``lengths`` of n tokens: b 1 1 (before + n), bool.
+
+    ``before`` positions that stand in front of the tokens are always seen. None when every token is kept.
+    """
+    if lengths is None:
+        return None
+    kept = torch.arange(n, device=lengths.device) < lengths[:, None]
+    seen = torch.ones(len(lengths), before, dtype=torch.bool, device=lengths.device)
+    return torch.cat([seen, kept], dim=1)[:, None, None, :]

@@ -1,0 +1,1 @@
+"""Programs that judge a tokenizer: metrics, baselines, the benchmark and its report."""

@@ -1,0 +1,330 @@
+"""Perceptual distances: how far two pictures are apart in the features of a frozen net. A metric and a training loss.
+
+``perceptual("mobilenetv2_100", weights)`` compares the plain features of any timm net. ``perceptual("lpips-vgg")`` is
+the learned distance LPIPS (https://arxiv.org/abs/1801.03924). The two are different quantities: a distance is always
+called by its ``name``, and only the second kind is LPIPS.
+"""
+
+from __future__ import annotations
+
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from tokenizers_vis.config import did_you_mean
+
+# Position of the ReLUs that LPIPS looks at within torchvision's ``features``, and the ImageNet statistics as LPIPS
+# writes them: shift and scale of pictures in [-1, 1], here for [0, 1].
+_LPIPS_LAYERS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}
+_LPIPS_MEAN = tuple((1 + shift) / 2 for shift in (-0.030, -0.088, -0.188))
+_LPIPS_STD = tuple(scale / 2 for scale in (0.458, 0.448, 0.450))
+
+
+class Perceptual(nn.Module, ABC):
+    """Abstract. ``forward(x, y)`` takes pictures, b 3 h w in [0, 1], and gives a distance per picture, b, float32.
+
+    The net is frozen and stays in eval mode, also after ``.train()``. Gradients flow into x (and y) but not into the
+    net; a picture that needs no gradient costs a forward pass only. Under autocast the net runs in the lower precision
+    and the distance in float32.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, *, mean: Sequence[float], std: Sequence[float], size: int) -> None:
+        super().__init__()
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean and std are three numbers each, std above 0; got mean {mean} and std {std}")
+        if size < 0:
+            raise ValueError(f"size is the short side in pixels, or 0 for pictures as they are; got {size}")
+        self.size = size
+        self.register_buffer("mean", rearrange(torch.tensor(mean), "c -> c 1 1"), persistent=False)
+        self.register_buffer("std", rearrange(torch.tensor(std), "c -> c 1 1"), persistent=False)
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What to call this distance in a table."""
+
+    @abstractmethod
+    def features(self, x: Tensor) -> list[Tensor]:
+        """x: b 3 h w, normalised -> the feature maps, each b c h w."""
+
+    @abstractmethod
+    def compare(self, differences: list[Tensor]) -> Tensor:
+        """Squared differences of unit-normalised features, each b c h w, float32 -> b."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y: b 3 h w in [0, 1] -> b, float32, 0 for equal pictures. Raises ``ValueError`` for other shapes."""
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape != y.shape:
+            raise ValueError(
+                f"{self.name} compares two batches b 3 h w of one size, got {tuple(x.shape)} and {tuple(y.shape)}"
+            )
+        # Two passes, not one over both: the net is frozen, so the pass over the original keeps nothing for backward.
+        pairs = zip(self.features(self._prepare(x)), self.features(self._prepare(y)), strict=True)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.compare([(unit(fx.float()) - unit(fy.float())).square() for fx, fy in pairs])
+
+    def train(self, mode: bool = True) -> Perceptual:
+        """Stays in eval mode: the BatchNorms of a frozen net must not move."""
+        return super().train(False)
+
+    def _prepare(self, x: Tensor) -> Tensor:
+        x = x.float()
+        if self.size and min(x.shape[-2:]) != self.size:
+            scale = self.size / min(x.shape[-2:])
+            to = [max(self.size, round(side * scale)) for side in x.shape[-2:]]
+            x = F.interpolate(x, size=to, mode="bicubic", antialias=True, align_corners=False)
+        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def _freeze(self) -> None:
+        # Channels last is what convolutions want, on CPU too: 1.4 times quicker for MobileNetV2 at 64 px.
+        self.requires_grad_(False).to(memory_format=torch.channels_last)
+        self.eval()
+
+
+class FeatureDistance(Perceptual):
+    """Squared difference of unit-normalised features, summed over channels, averaged over positions, then stages.
+
+    model: a timm model name that can give its stages (``features_only``).
+    weights: a ``.safetensors`` or ``.pth`` file with timm's names of parameters; "" is timm's own pretrained weights,
+        from its cache or the network.
+    layers: stages to compare, ascending, counted from 0; () is all of them. Stages after the last one are not computed.
+    options: more arguments of ``timm.create_model``.
+    mean, std: per channel, for pictures in [0, 1]; () is what the timm model was trained with.
+    size: pictures are resized to this short side first (bicubic, antialiased); 0 leaves them as they are.
+
+    Raises ``ValueError`` for a model, stage or option that timm does not have, and for weights that cannot be had or
+    are of another net.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        weights: str = "",
+        layers: tuple[int, ...] = (),
+        options: dict | None = None,
+        mean: tuple[float, ...] = (),
+        std: tuple[float, ...] = (),
+        size: int = 0,
+    ) -> None:
+        net = _timm_features(model, weights, tuple(layers), dict(options or {}))
+        config = net.pretrained_cfg if hasattr(net, "pretrained_cfg") else net.default_cfg
+        super().__init__(mean=mean or config["mean"], std=std or config["std"], size=size)
+        self.model = model
+        self.layers = tuple(layers)
+        self.channels_inside = getattr(net, "output_fmt", "NCHW") == "NHWC"
+        self.net = net
+        self._freeze()
+
+    @property
+    def name(self) -> str:
+        return self.model
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        maps = self.net(x)
+        return [rearrange(m, "b h w c -> b c h w") for m in maps] if self.channels_inside else list(maps)
+
+    def compare(self, differences: list[Tensor]) -> Tensor:
+        return torch.stack([d.sum(dim=1).mean(dim=(1, 2)) for d in differences]).mean(dim=0)
+
+
+class LPIPS(Perceptual):
+    """LPIPS 0.1, https://arxiv.org/abs/1801.03924: differences weighted per channel by heads fitted to human judgement.
+
+    net: "vgg" (the usual training loss) or "alex" (the usual metric).
+    weights: torchvision's ImageNet weights of VGG16 or AlexNet as a local ``.pth`` or ``.safetensors`` file; "" is
+        torch's own cache, or a download. The heads come with torchmetrics.
+
+    Raises ``ValueError`` for another net, and for weights that cannot be had or are of another net.
+    """
+
+    def __init__(self, *, net: str = "vgg", weights: str = "", size: int = 0) -> None:
+        if net not in _LPIPS_LAYERS:
+            raise ValueError(f"LPIPS has the nets {', '.join(_LPIPS_LAYERS)}; got {net!r}")
+        super().__init__(mean=_LPIPS_MEAN, std=_LPIPS_STD, size=size)
+        self.backbone = net
+        self.net = _torchvision_features(net, weights)
+        for i, head in enumerate(_lpips_heads(net)):
+            self.register_buffer(f"head{i}", head, persistent=False)
+        self._freeze()
+
+    @property
+    def name(self) -> str:
+        return f"lpips-{self.backbone}"
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for i, layer in enumerate(self.net):
+            x = layer(x)
+            if i in _LPIPS_LAYERS[self.backbone]:
+                maps.append(x)
+        return maps
+
+    def compare(self, differences: list[Tensor]) -> Tensor:
+        weighted = [(d * self.get_buffer(f"head{i}")).sum(dim=1).mean(dim=(1, 2)) for i, d in enumerate(differences)]
+        return torch.stack(weighted).sum(dim=0)
+
+
+def perceptual(net: str, weights: str = "") -> Perceptual:
+    """The distance by its name: "lpips-vgg", "lpips-alex", or any timm model with stages, such as "mobilenetv2_100".
+
+    weights: a local file, or "" for the cache or the network. A classifier of 1001 classes in it (class 0 is
+    background) tells a net that comes from TensorFlow: its pictures are in [-1, 1], its convolutions pad as there.
+
+    Raises ``ValueError`` as ``LPIPS`` and ``FeatureDistance`` do.
+    """
+    if net.startswith("lpips-"):
+        return LPIPS(net=net.removeprefix("lpips-"), weights=weights)
+    if not weights:
+        return FeatureDistance(model=net)
+    state, metadata = read_weights(weights)
+    heads = [state[key] for key in ("classifier.weight", "fc.weight", "head.fc.weight", "head.weight") if key in state]
+    from_tensorflow = any(head.shape[0] == 1001 for head in heads)
+    half = (0.5, 0.5, 0.5) if from_tensorflow else ()
+    pad_type = metadata.get("pad_type", "same" if from_tensorflow else "")
+    options = {"pad_type": pad_type} if pad_type else {}
+    return FeatureDistance(model=net, weights=weights, options=options, mean=half, std=half)
+
+
+def unit(f: Tensor) -> Tensor:
+    """b c h w with the channels at each position scaled to length 1."""
+    # The epsilon is inside the root: outside of it, the gradient at an all-zero position is not a number.
+    return f * torch.rsqrt(f.square().sum(dim=1, keepdim=True) + 1e-10)
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a ``.safetensors`` or torch file, floating ones as float32, and the metadata of the former.
+
+    Code is never unpickled. Raises ``ValueError`` for a file that is not there or holds something else.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"there is no weights file {path}; give a .safetensors or .pth file")
+    metadata: dict[str, str] = {}
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state)
+    except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError, _safetensors_error()) as error:
+        raise ValueError(f"{path} is not a file of weights (.safetensors or torch state dict): {error}") from error
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds more than tensors; give a plain state dict")
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}, metadata
+
+
+def _safetensors_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError
+
+
+def _timm_features(model: str, weights: str, layers: tuple[int, ...], options: dict) -> nn.Module:
+    """The timm net that gives its stages, weights loaded."""
+    import timm
+
+    if not timm.is_model(model.partition(".")[0]):
+        hint = did_you_mean(model, timm.list_models())
+        raise ValueError(f"timm has no model {model!r}.{hint} LPIPS is 'lpips-vgg' or 'lpips-alex'.")
+    if list(layers) != sorted(set(layers)) or min(layers, default=0) < 0:
+        raise ValueError(f"layers are stages in ascending order, counted from 0; got {layers}")
+    arguments = {**options, **({"out_indices": layers} if layers else {})}
+    try:
+        net = timm.create_model(model, features_only=True, **arguments)
+    except (TypeError, RuntimeError, AssertionError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"timm cannot build the stages {layers or 'all'} of {model} with {options or 'no options'}: {error!r}"
+        ) from error
+    if layers and len(net.feature_info.channels()) != len(layers):
+        raise ValueError(f"{model} has no stages {layers}; leave layers empty to get all it has")
+    if weights:
+        net.load_state_dict(_matching(net, model, weights, options))
+        return net
+    try:
+        return timm.create_model(model, features_only=True, pretrained=True, **arguments)
+    except Exception as error:  # the hub's client raises errors of several libraries when it cannot connect
+        config = timm.get_pretrained_cfg(model)
+        where = f"https://huggingface.co/{config.hf_hub_id}" if config and config.hf_hub_id else "nowhere timm knows"
+        raise ValueError(
+            f"the pretrained weights of {model} are not in the cache and cannot be had from {where} "
+            f"({type(error).__name__}); go online once, or give a local .safetensors or .pth file as weights"
+        ) from error
+
+
+def _matching(net: nn.Module, model: str, weights: str, options: dict) -> dict[str, Tensor]:
+    """The file's tensors under the names of ``net``. Missing ones, other shapes and another model's are errors."""
+    import timm
+
+    state, _ = read_weights(weights)
+    wanted = net.state_dict()
+    # timm's wrappers rename the first part of a key: ``stages.0.`` is ``stages_0.``, or everything is under ``model.``.
+    found = {}
+    for key, value in wanted.items():
+        first, dot, rest = key.partition(".")
+        names = (key, first[::-1].replace("_", ".", 1)[::-1] + dot + rest, key.removeprefix("model."))
+        name = next((n for n in names if n in state and state[n].shape == value.shape), None)
+        if name is not None:
+            found[key] = state[name]
+        elif key.endswith("num_batches_tracked"):
+            found[key] = value
+    missing = [key for key in wanted if key not in found]
+    # What the file has beyond the stages is the rest of the same model; anything else is another, deeper one.
+    foreign = sorted(set(state) - set(timm.create_model(model, **options).state_dict()))
+    if missing or foreign:
+        problem = f"lacks (or has in another shape) {len(missing)} tensors: {', '.join(missing[:5])}"
+        if not missing:
+            problem = f"holds {len(foreign)} tensors that are not of it: {', '.join(foreign[:5])}"
+        raise ValueError(f"{weights} is not a file of {model}: it {problem}; give the weights of this very model")
+    return found
+
+
+def _torchvision_features(net: str, weights: str) -> nn.Sequential:
+    """torchvision's convolutions as far as LPIPS looks, weights loaded."""
+    import torchvision
+
+    build, entry = {
+        "vgg": (torchvision.models.vgg16, torchvision.models.VGG16_Weights.IMAGENET1K_V1),
+        "alex": (torchvision.models.alexnet, torchvision.models.AlexNet_Weights.IMAGENET1K_V1),
+    }[net]
+    if weights:
+        state, _ = read_weights(weights)
+    else:
+        try:
+            state = entry.get_state_dict(progress=False, check_hash=True)
+        except (OSError, RuntimeError) as error:
+            file = f"{torch.hub.get_dir()}/checkpoints/{entry.url.rpartition('/')[2]}"
+            raise ValueError(
+                f"LPIPS needs {file}, which cannot be had from {entry.url} ({type(error).__name__}); go online once, "
+                "put the file there, or give its path as weights"
+            ) from error
+    # On meta: the classifier, most of the parameters, is never allocated.
+    with torch.device("meta"):
+        features = build(weights=None).features[: _LPIPS_LAYERS[net][-1] + 1]
+    wanted = {f"features.{key}": key for key in features.state_dict()}
+    found = {key: state[name] for name, key in wanted.items() if name in state}
+    try:
+        features.load_state_dict(found, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"{weights or entry.url} is not torchvision's {build.__name__}: {error}") from error
+    return features
+
+
+def _lpips_heads(net: str) -> list[Tensor]:
+    """The weight of each channel, c 1 1 per layer, from the files that torchmetrics carries."""
+    import torchmetrics
+
+    state, _ = read_weights(Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / f"{net}.pth")
+    return [rearrange(state[f"lin{i}.model.1.weight"], "1 c 1 1 -> c 1 1") for i in range(len(_LPIPS_LAYERS[net]))]

@@ -1,0 +1,87 @@
+"""What every test has: a fixed seed, one torch thread per worker, and no network."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+import tokenizers_vis
+
+ROOT = Path(__file__).resolve().parents[1]
+SEED = 0
+
+# No deadline: the first example of a property pays for imports and allocations. The same examples on every run.
+settings.register_profile("tokenizers_vis", deadline=None, derandomize=True)
+settings.load_profile("tokenizers_vis")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers are the parallelism; more threads make them wait for each other
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test that talks to anything but this machine, unless it is marked ``network``.
+
+    ``pytest.fail`` raises past ``except Exception``, so a library that swallows connection errors cannot hide it.
+    """
+    if request.node.get_closest_marker("network"):
+        return
+
+    def guarded(call: Callable[..., Any], host_of: Callable[..., Any]) -> Callable[..., Any]:
+        def check(*args: Any, **kwargs: Any) -> Any:
+            host = host_of(*args)
+            if not _is_this_machine(host):
+                pytest.fail(f"the test reached for {host}; use local files, or mark it with pytest.mark.network")
+            return call(*args, **kwargs)
+
+        return check
+
+    def peer(sock: socket.socket, address: Any) -> Any:
+        return address[0] if isinstance(address, tuple) else None  # a string or bytes is a Unix socket's path
+
+    monkeypatch.setattr(socket.socket, "connect", guarded(socket.socket.connect, peer))
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded(socket.socket.connect_ex, peer))
+    monkeypatch.setattr(socket, "getaddrinfo", guarded(socket.getaddrinfo, lambda host, *rest: host))
+
+
+def _is_this_machine(host: str | bytes | None) -> bool:
+    name = host.decode() if isinstance(host, bytes) else host
+    if not name or name in ("localhost", socket.gethostname()):
+        return True
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and weights for development, or a skip that says how to have one."""
+    path = Path(os.environ.get("TOKENIZERS_VIS_SHARED", ROOT.parent / "shared"))
+    if not (path / "data").is_dir():
+        pytest.skip(f"needs the shared development data; {path} has none, set TOKENIZERS_VIS_SHARED to its folder")
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Path]:
+    """The photographs that come with the package: 256x256 JPEG files, sorted by name."""
+    return sorted((Path(tokenizers_vis.__file__).parent / "photos").glob("*.jpg"))

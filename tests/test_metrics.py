@@ -1,0 +1,430 @@
+"""Metrics against closed forms and reference libraries; perceptual distances on small random nets."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tokenizers_vis.eval.metrics import CodebookUsage, gradient_energy, psnr, ssim
+from tokenizers_vis.eval.perceptual import LPIPS, FeatureDistance, Perceptual, perceptual
+from tokenizers_vis.eval.thumbnail import thumbnail, thumbnail_size
+
+MODEL = "mobilenetv3_small_050"
+MOBILENET_V2 = "mobilenetv2_100_same_imagenet1001.fp16.safetensors"
+
+
+def random_weights(path: Path, model: str = MODEL, **options: object) -> str:
+    import timm
+
+    torch.save(timm.create_model(model, **options).state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small net with random weights, as a file."""
+    torch.manual_seed(0)
+    return random_weights(tmp_path_factory.mktemp("weights") / "net.pth")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """AlexNet's convolutions with random weights, under torchvision's names."""
+    import torchvision
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "alexnet.pth"
+    state = torchvision.models.alexnet(weights=None).state_dict()
+    torch.save({key: value for key, value in state.items() if key.startswith("features.")}, path)
+    return str(path)
+
+
+@pytest.fixture(params=["features", "lpips"])
+def distance(request: pytest.FixtureRequest, weights: str, backbone: str) -> Perceptual:
+    if request.param == "lpips":
+        return perceptual("lpips-alex", backbone)
+    return perceptual(MODEL, weights)
+
+
+@pytest.fixture
+def pair() -> tuple[Tensor, Tensor]:
+    x = torch.rand(3, 3, 64, 64)
+    return x, (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+
+
+# Perceptual distances
+
+
+def test_a_distance_is_zero_for_equal_pictures_symmetric_and_of_each_picture_alone(
+    distance: Perceptual, pair: tuple[Tensor, Tensor]
+) -> None:
+    x, y = pair
+    d = distance(x, y)
+    assert d.shape == (3,)
+    assert d.dtype == torch.float32
+    assert (d > 0).all()
+    assert torch.equal(distance(x, x), torch.zeros(3))
+    torch.testing.assert_close(distance(y, x), d)
+    torch.testing.assert_close(torch.cat([distance(a[None], b[None]) for a, b in zip(x, y, strict=True)]), d)
+
+
+def test_the_gradient_reaches_the_picture_and_not_the_net(distance: Perceptual, pair: tuple[Tensor, Tensor]) -> None:
+    x, y = pair
+    x.requires_grad_()
+    distance(x, y).sum().backward()
+    assert x.grad.isfinite().all()
+    assert (x.grad.abs().amax(dim=(1, 2, 3)) > 0).all()
+    assert all(not p.requires_grad and p.grad is None for p in distance.parameters())
+    step = (x - 1e-3 * x.grad / x.grad.norm()).detach()
+    assert distance(step, y).sum() < distance(x, y).sum()
+
+
+def test_the_gradient_of_blank_pictures_is_finite(distance: Perceptual) -> None:
+    x = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    distance(x, torch.ones(1, 3, 64, 64)).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_training_mode_does_not_move_the_net(distance: Perceptual, pair: tuple[Tensor, Tensor]) -> None:
+    before = {key: value.clone() for key, value in distance.state_dict().items()}
+    d = distance(*pair)
+    torch.nn.Sequential(distance).train()
+    assert not any(module.training for module in distance.modules())
+    assert torch.equal(distance(*pair), d)
+    for key, value in distance.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_under_autocast_the_distance_is_float32_and_close(distance: Perceptual, pair: tuple[Tensor, Tensor]) -> None:
+    exact = distance(*pair)
+    with torch.autocast("cpu", torch.bfloat16):
+        d = distance(*pair)
+    assert d.dtype == torch.float32
+    assert not torch.equal(d, exact)
+    torch.testing.assert_close(d, exact, rtol=0.2, atol=1e-4)
+
+
+def test_wrong_pictures_are_refused(distance: Perceptual) -> None:
+    with pytest.raises(ValueError, match="b 3 h w"):
+        distance(torch.rand(1, 3, 64, 64), torch.rand(1, 3, 64, 32))
+    with pytest.raises(ValueError, match="b 3 h w"):
+        distance(torch.rand(3, 64, 64), torch.rand(3, 64, 64))
+
+
+def test_the_feature_distance_is_the_mean_over_stages(weights: str, pair: tuple[Tensor, Tensor]) -> None:
+    whole = FeatureDistance(model=MODEL, weights=weights)
+    n_stages = len(whole.net(pair[0]))
+    stages = [FeatureDistance(model=MODEL, weights=weights, layers=(i,))(*pair) for i in range(n_stages)]
+    torch.testing.assert_close(torch.stack(stages).mean(dim=0), whole(*pair))
+    # By hand, for one stage: 2 - 2 cos between the features, averaged over positions.
+    x, y = ((p - whole.mean) / whole.std for p in pair)
+    cosine = torch.cosine_similarity(whole.net(x)[1], whole.net(y)[1], dim=1)
+    torch.testing.assert_close((2 - 2 * cosine).mean(dim=(1, 2)), stages[1], rtol=1e-3, atol=1e-5)
+
+
+def test_size_resizes_the_short_side(weights: str) -> None:
+    sized = FeatureDistance(model=MODEL, weights=weights, size=48)
+    assert sized._prepare(torch.rand(1, 3, 96, 128)).shape == (1, 3, 48, 64)
+    assert sized._prepare(torch.rand(1, 3, 32, 24)).shape == (1, 3, 64, 48)
+
+
+def test_wrapped_nets_find_their_weights(tmp_path: Path, pair: tuple[Tensor, Tensor]) -> None:
+    """timm renames ``stages.0`` to ``stages_0`` in a ConvNeXt that gives features."""
+    import timm
+
+    path = random_weights(tmp_path / "net.pth", "convnext_atto", num_classes=7)
+    torch.manual_seed(1)
+    full = timm.create_model("convnext_atto", num_classes=7).eval()
+    full.load_state_dict(torch.load(path, weights_only=True))
+    distance = FeatureDistance(model="convnext_atto", weights=path, options={"num_classes": 7}, layers=(0, 1))
+    x = distance._prepare(pair[0])
+    expected = full.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
+    for ours, theirs in zip(distance.features(x), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_classifier_of_1001_classes_means_tensorflow_conventions(tmp_path: Path) -> None:
+    import timm
+
+    state = timm.create_model("mobilenetv2_035", num_classes=1001).half().state_dict()
+    save_file(state, tmp_path / "net.safetensors")
+    distance = perceptual("mobilenetv2_035", str(tmp_path / "net.safetensors"))
+    assert distance.mean.flatten().tolist() == distance.std.flatten().tolist() == [0.5, 0.5, 0.5]
+    assert type(distance.net.conv_stem).__name__ == "Conv2dSame"
+    assert {p.dtype for p in distance.parameters()} == {torch.float32}
+    assert distance.name == "mobilenetv2_035"
+
+
+def test_weights_of_another_net_are_refused(tmp_path: Path, weights: str) -> None:
+    with pytest.raises(ValueError, match="is not a file of mobilenetv3_small_075: it lacks"):
+        FeatureDistance(model="mobilenetv3_small_075", weights=weights)
+    deeper = random_weights(tmp_path / "deeper.pth", "test_convnext2")
+    state = torch.load(deeper, weights_only=True)
+    torch.save({**state, "stages.3.blocks.9.weight": torch.zeros(1)}, deeper)
+    with pytest.raises(ValueError, match=r"not of it: stages\.3\.blocks\.9"):
+        FeatureDistance(model="test_convnext2", weights=deeper)
+    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    for name in ("text.pth", "text.safetensors"):
+        with pytest.raises(ValueError, match="is not a file of weights"):
+            perceptual(MODEL, str(tmp_path / name))
+    with pytest.raises(ValueError, match="is not torchvision's vgg16"):
+        perceptual("lpips-vgg", weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "mobilenetv3_smal_050"}, "Did you mean 'mobilenetv3_small_050'"),
+        ({"weights": "random"}, "there is no weights file random"),
+        ({"layers": (0, 9)}, r"cannot build the stages \(0, 9\)"),
+        ({"layers": (1, 0)}, "ascending"),
+        ({"options": {"colour": 1}}, "colour"),
+        ({"std": (0.0, 1.0, 1.0)}, "std above 0"),
+        ({"size": -1}, "short side"),
+    ],
+)
+def test_a_wrong_option_is_refused(weights: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FeatureDistance(**{"model": MODEL, "weights": weights, **options})
+
+
+def test_missing_pretrained_weights_say_where_they_would_come_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    def offline(*args: object, **kwargs: object) -> None:
+        raise URLError("offline")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    with pytest.raises(ValueError, match=f"huggingface.co/timm/{MODEL}.*give a local"):
+        perceptual(MODEL)
+    with pytest.raises(ValueError, match=r"vgg16-397923af\.pth.*give its path"):
+        perceptual("lpips-vgg")
+    with pytest.raises(ValueError, match="LPIPS has the nets vgg, alex"):
+        perceptual("lpips-squeeze")
+
+
+def test_lpips_is_that_of_torchmetrics(backbone: str, pair: tuple[Tensor, Tensor]) -> None:
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    reference = _LPIPS(net="alex", pnet_rand=True)
+    state = torch.load(backbone, weights_only=True)
+    for i in range(1, 6):
+        part = getattr(reference.net, f"slice{i}")
+        part.load_state_dict({key: state[f"features.{key}"] for key in part.state_dict()})
+    expected = reference(*pair, normalize=True).flatten()
+    torch.testing.assert_close(LPIPS(net="alex", weights=backbone)(*pair), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_shared_mobilenet_ranks_damage(shared: Path, photos: list[Path]) -> None:
+    import numpy as np
+    from PIL import Image
+
+    file = shared / "weights" / MOBILENET_V2
+    if not file.is_file() or not photos:
+        pytest.skip(f"needs {file} and the package's photographs")
+    arrays = [np.array(Image.open(p).convert("RGB").resize((128, 128))) for p in photos[:4]]
+    x = torch.stack([torch.from_numpy(a).permute(2, 0, 1) / 255 for a in arrays])
+    distance = perceptual("mobilenetv2_100", str(file))
+    by_bytes = [distance(x, thumbnail(x, n).reconstruction) for n in (48, 768, 12288)]
+    assert (by_bytes[0] > by_bytes[1]).all()
+    assert (by_bytes[1] > by_bytes[2]).all()
+    assert (distance(x, x.roll(1, dims=0)) > by_bytes[1]).all()
+
+
+# Pixels
+
+
+@given(st.floats(1e-4, 0.9), st.integers(1, 4))
+def test_psnr_of_a_constant_error(error: float, b: int) -> None:
+    x = torch.zeros(b, 3, 5, 7)
+    torch.testing.assert_close(psnr(x, x + error), torch.full((b,), -20 * math.log10(error)), rtol=1e-4, atol=1e-4)
+
+
+def test_psnr_is_per_picture_and_capped(pair: tuple[Tensor, Tensor]) -> None:
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    x, y = pair
+    expected = torch.stack([peak_signal_noise_ratio(b, a, data_range=1.0) for a, b in zip(x, y, strict=True)])
+    torch.testing.assert_close(psnr(x, y), expected)
+    torch.testing.assert_close(psnr(y, x), expected)
+    assert psnr(x, x).tolist() == [100.0] * 3
+
+
+def test_ssim(pair: tuple[Tensor, Tensor]) -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    x, y = pair
+    expected = structural_similarity_index_measure(y, x, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ssim(x, y), expected)
+    torch.testing.assert_close(ssim(y, x), expected)
+    torch.testing.assert_close(ssim(x, x), torch.ones(3))
+    assert ssim(x[:1], y[:1]).shape == (1,)
+    # Two flat pictures: only the luminance term is left.
+    a, b, c1 = 0.2, 0.6, 0.01**2
+    flat = ssim(torch.full((1, 3, 16, 16), a), torch.full((1, 3, 16, 16), b))
+    torch.testing.assert_close(flat, torch.tensor([(2 * a * b + c1) / (a * a + b * b + c1)]), rtol=1e-3, atol=1e-3)
+
+
+def test_ssim_needs_its_window() -> None:
+    assert ssim(torch.rand(1, 3, 11, 11), torch.rand(1, 3, 11, 11)).isfinite().all()
+    with pytest.raises(ValueError, match="11 by 11"):
+        ssim(torch.rand(1, 3, 10, 40), torch.rand(1, 3, 10, 40))
+
+
+def test_gradient_energy_in_closed_form() -> None:
+    ramp = torch.linspace(0, 1, 11).expand(1, 3, 6, 11)
+    board = ((torch.arange(8)[:, None] + torch.arange(8)) % 2).float().expand(1, 3, 8, 8)
+    energy = torch.cat([gradient_energy(x) for x in (torch.full((1, 3, 8, 8), 0.3), ramp, ramp.mT, board)])
+    torch.testing.assert_close(energy, torch.tensor([0.0, 0.005, 0.005, 1.0]))
+    red = board * torch.tensor([1.0, 0.0, 0.0])[:, None, None]
+    torch.testing.assert_close(gradient_energy(red), torch.tensor([0.299**2]))
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+def test_pictures_of_another_kind_are_refused(metric) -> None:
+    x = torch.rand(2, 3, 16, 16)
+    for bad in (x[0], x[:1], x[..., :12], (x * 255).to(torch.uint8)):
+        with pytest.raises(ValueError, match="pictures"):
+            metric(x, bad)
+
+
+# Codebooks
+
+
+def test_usage_of_hand_made_ids() -> None:
+    usage = CodebookUsage((4, 8))
+    usage.update(torch.tensor([[[0, 7], [1, 7]], [[0, 7], [2, 7]]]))
+    first, second = usage.compute()
+    assert first.tokens == second.tokens == 4
+    assert first.used == 0.75
+    assert first.entropy == pytest.approx(1.5)
+    assert first.perplexity == pytest.approx(2**1.5)
+    assert first.position_entropy.tolist() == pytest.approx([0.0, 1.0])
+    assert (second.used, second.entropy, second.perplexity) == (0.125, 0.0, 1.0)
+
+
+def test_usage_is_ragged_and_does_not_depend_on_the_batches() -> None:
+    ids = torch.randint(0, 5, (30, 6, 2))
+    lengths = torch.randint(1, 7, (30,))
+    ids[torch.arange(6) >= lengths[:, None]] = -1
+    together, apart, lists = CodebookUsage((5, 9)), CodebookUsage((5, 9)), CodebookUsage((5, 9))
+    together.update(ids)
+    for part in ids.split(7):
+        apart.update(part)
+    for row, length in zip(ids, lengths, strict=True):
+        lists.update(row[None, :length])
+    for a, b, c in zip(together.compute(), apart.compute(), lists.compute(), strict=True):
+        assert a.tokens == lengths.sum()
+        assert a[:4] == b[:4] == c[:4]
+        n = len(c.position_entropy)
+        assert torch.equal(a.position_entropy, b.position_entropy)
+        assert torch.equal(a.position_entropy[:n], c.position_entropy)
+    assert together.compute()[1].used <= 5 / 9
+
+
+def test_a_uniform_codebook_has_full_perplexity() -> None:
+    usage = CodebookUsage((16,))
+    usage.update(torch.arange(16).reshape(16, 1, 1))
+    (result,) = usage.compute()
+    assert result.used == 1.0
+    assert result.entropy == pytest.approx(4.0)
+    assert result.perplexity == pytest.approx(16.0)
+
+
+def test_wrong_ids_are_refused_and_count_nothing() -> None:
+    usage = CodebookUsage((4, 4))
+    for bad in (torch.tensor([[[0, 4]]]), torch.tensor([[[-2, 0]]]), torch.zeros(1, 1, 1).long(), torch.zeros(1, 1, 2)):
+        with pytest.raises(ValueError, match="ids"):
+            usage.update(bad)
+    with pytest.raises(ValueError, match="no ids were counted"):
+        usage.compute()
+    with pytest.raises(ValueError, match="codebook_sizes"):
+        CodebookUsage(())
+
+
+# Thumbnails
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(3, 4000))
+def test_a_thumbnail_keeps_to_its_bytes(width: int, height: int, n_bytes: int) -> None:
+    w, h = thumbnail_size(width, height, n_bytes)
+    assert 1 <= w <= width
+    assert 1 <= h <= height
+    assert 3 * w * h <= n_bytes
+    more_w, more_h = thumbnail_size(width, height, n_bytes, no_fewer=True)
+    assert more_w <= width
+    assert more_h <= height
+    assert 3 * more_w * more_h >= min(n_bytes, 3 * width * height)
+    diagonal, more_diagonal = ((width / a) ** 2 + (height / b) ** 2 for a, b in ((w, h), (more_w, more_h)))
+    assert more_diagonal <= diagonal * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("picture", "n_bytes", "size", "no_fewer_size"),
+    [
+        ((128, 128), 192, (8, 8), (8, 8)),
+        ((128, 128), 96, (5, 6), (5, 7)),
+        ((128, 128), 3, (1, 1), (1, 1)),
+        ((256, 64), 192, (16, 4), (16, 4)),
+        ((4, 4), 1000, (4, 4), (4, 4)),
+    ],
+)
+def test_the_size_of_a_thumbnail(
+    picture: tuple[int, int], n_bytes: int, size: tuple[int, int], no_fewer_size: tuple[int, int]
+) -> None:
+    assert thumbnail_size(*picture, n_bytes) == size
+    assert thumbnail_size(*picture, n_bytes, no_fewer=True) == no_fewer_size
+
+
+def test_a_thumbnail_of_a_constant_picture_is_exact() -> None:
+    x = torch.tensor([0, 3, 128, 255]).reshape(4, 1, 1, 1).expand(4, 3, 20, 30) / 255
+    reconstruction, size = thumbnail(x, 96)
+    assert size == (8, 4)
+    torch.testing.assert_close(reconstruction, x, rtol=0, atol=1e-6)
+
+
+def test_a_thumbnail_is_what_pillow_makes() -> None:
+    import numpy as np
+    from PIL import Image
+
+    x = torch.rand(1, 3, 64, 64).round(decimals=1)
+    x = (x * 255).round() / 255
+    reconstruction, (w, h) = thumbnail(x, 3 * 16 * 16)
+    picture = Image.fromarray((x[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    expected = np.asarray(picture.resize((w, h), Image.Resampling.BICUBIC).resize((64, 64), Image.Resampling.BICUBIC))
+    assert np.abs(reconstruction[0].permute(1, 2, 0).numpy() * 255 - expected).max() <= 2.5
+
+
+def test_more_bytes_are_a_better_thumbnail_and_all_bytes_the_picture() -> None:
+    base = torch.nn.functional.interpolate(torch.rand(2, 3, 8, 8), size=(32, 32), mode="bilinear")
+    x = (base * 255).round() / 255
+    quality = torch.stack([psnr(x, thumbnail(x, n).reconstruction) for n in (3, 48, 192, 768)])
+    assert (quality.diff(dim=0) > 0).all()
+    torch.testing.assert_close(thumbnail(x, 3 * 32 * 32).reconstruction, x, rtol=0, atol=1e-6)
+
+
+def test_too_few_bytes_or_other_pictures_are_refused() -> None:
+    x = torch.rand(1, 3, 8, 8)
+    with pytest.raises(ValueError, match="one pixel takes 3 bytes"):
+        thumbnail(x, 2)
+    assert thumbnail(x, 2, no_fewer=True).size == (1, 1)
+    with pytest.raises(ValueError, match="n_bytes is 1 or more"):
+        thumbnail(x, 0, no_fewer=True)
+    with pytest.raises(ValueError, match="b 3 h w"):
+        thumbnail(x[0], 96)
+    with pytest.raises(ValueError, match="b 3 h w"):
+        thumbnail((x * 255).byte(), 96)

@@ -1,0 +1,71 @@
+"""FlexTok's encoder: ordered registers, each of which sees the image and the registers before it.
+
+Bachmann et al. 2025, "FlexTok: Resampling Images into 1D Token Sequences of Flexible Length", arXiv 2502.13967.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizers_vis.decoders.transformer import Transformer, init_linear, learned, patchify, sincos_2d
+from tokenizers_vis.encoders.base import Encoder, LengthPolicy
+
+
+class FlexTokEncoder(Encoder):
+    """dim: width of a code. size: height and width of the canvas.
+
+    Patches see all patches and no register; register i sees all patches and the registers up to i. So the first tokens
+    do not depend on how many follow, and a short encoding runs a short sequence.
+    """
+
+    nested = True
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        max_tokens: int,
+        size: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        channels: int = 3,
+        mlp: Literal["gelu", "swiglu"] = "swiglu",
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = True,
+        lengths: LengthPolicy = LengthPolicy("uniform"),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__()
+        if size % patch:
+            raise ValueError(f"size {size} is not a multiple of patch {patch}")
+        self.dim, self.max_tokens, self.patch, self.lengths = dim, max_tokens, patch, lengths
+        grid = size // patch
+        self.read_patches = nn.Linear(patch * patch * channels, width)
+        self.register_buffer("positions", sincos_2d(grid, grid, width), persistent=False)
+        self.registers = learned(max_tokens, width)
+        self.register_buffer("mask", causal_last(grid**2, max_tokens), persistent=False)
+        self.transformer = Transformer(width, depth, heads, mlp=mlp, mlp_ratio=mlp_ratio, qk_norm=qk_norm)
+        self.to_codes = nn.Linear(width, dim)
+        self.read_patches.apply(init_linear)
+        self.to_codes.apply(init_linear)
+
+    def forward(self, x: Tensor, n_tokens: int) -> Tensor:
+        patches = self.read_patches(patchify(x, self.patch))
+        patches = patches + self.positions.to(patches.dtype)
+        registers = self.registers[:n_tokens].to(patches.dtype).expand(len(x), -1, -1)
+        n = patches.shape[1] + n_tokens
+        z = self.transformer(torch.cat([patches, registers], dim=1), self.mask[:n, :n])[:, -n_tokens:]
+        return self.to_codes(F.layer_norm(z, z.shape[-1:]))
+
+
+def causal_last(patches: int, registers: int) -> Tensor:
+    """The mask n n, True where a row may look at a column: patches among themselves, registers at all that precede."""
+    n = patches + registers
+    mask = torch.ones(n, n, dtype=torch.bool).tril()
+    mask[:patches, :patches] = True
+    return mask

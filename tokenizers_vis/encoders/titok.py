@@ -1,0 +1,67 @@
+"""TiTok's encoder: patches and latent queries through a ViT; only the queries survive.
+
+Yu et al. 2024, "An Image is Worth 32 Tokens for Reconstruction and Generation", arXiv 2406.07550.
+With a length policy it is One-D-Piece's (Miwa et al. 2025, arXiv 2501.10064): the tail of the tokens is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokenizers_vis.decoders.transformer import Transformer, init_linear, learned, patchify
+from tokenizers_vis.encoders.base import Encoder, LengthPolicy
+
+
+class TiTokEncoder(Encoder):
+    """dim: width of a code. size: height and width of the canvas.
+
+    The sequence is a class token, the patches, the latent queries; every one sees every other.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        max_tokens: int,
+        size: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        channels: int = 3,
+        mlp: Literal["gelu", "swiglu"] = "gelu",
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        lengths: LengthPolicy = LengthPolicy(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__()
+        if size % patch:
+            raise ValueError(f"size {size} is not a multiple of patch {patch}")
+        self.dim, self.max_tokens, self.patch = dim, max_tokens, patch
+        self.lengths, self.nested = lengths, lengths.kind != "full"
+        self.read_patches = nn.Linear(patch * patch * channels, width)
+        self.class_token = learned(1, width)
+        self.positions = learned((size // patch) ** 2 + 1, width)
+        self.queries = learned(max_tokens, width)
+        self.query_positions = learned(max_tokens, width)
+        self.norm_in = nn.LayerNorm(width)
+        self.transformer = Transformer(
+            width, depth, heads, mlp=mlp, mlp_ratio=mlp_ratio, qk_norm=qk_norm, affine=True, bias=True
+        )
+        self.norm_out = nn.LayerNorm(width)
+        self.to_codes = nn.Linear(width, dim)
+        self.read_patches.apply(init_linear)
+        self.to_codes.apply(init_linear)
+
+    def forward(self, x: Tensor, n_tokens: int) -> Tensor:
+        patches = self.read_patches(patchify(x, self.patch))
+        first = self.class_token.to(patches.dtype).expand(len(x), -1, -1)
+        image = torch.cat([first, patches], dim=1) + self.positions
+        queries = (self.queries + self.query_positions).to(image.dtype).expand(len(x), -1, -1)
+        z = self.transformer(self.norm_in(torch.cat([image, queries], dim=1)))
+        # All queries see each other, so the prefix is cut only now.
+        z = z[:, -self.max_tokens :][:, :n_tokens]
+        return self.to_codes(self.norm_out(z))

@@ -1,0 +1,319 @@
+"""Tokenizer = canvas + encoder + quantizer + decoder.
+
+Letters: b batch, n tokens, d width of a code, k codebooks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tokenizers_vis.config import ConfigError, build
+from tokenizers_vis.decoders.base import Decoder, DecoderLoss
+from tokenizers_vis.decoders.canvas import Canvas, Resize
+from tokenizers_vis.encoders.base import Encoder
+from tokenizers_vis.files import write_atomically
+from tokenizers_vis.images import load_image, load_images
+from tokenizers_vis.quantizers.base import Quantized, Quantizer
+from tokenizers_vis.tokens import Tokens
+
+PARTS = ("canvas", "encoder", "quantizer", "decoder")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not hold what its config asks for."""
+
+
+class TrainingPass(NamedTuple):
+    """What one training pass gives to the losses."""
+
+    quantized: Quantized
+    decoded: DecoderLoss
+    lengths: Tensor | None
+
+
+class Tokenizer(nn.Module):
+    """Images to discrete tokens and back. Comes from ``tv.load``; ``from_config`` builds an untrained one.
+
+    ``config`` is the table of plain values that rebuilds it: ``name`` and one table per part.
+    """
+
+    def __init__(
+        self, *, canvas: Canvas, encoder: Encoder, quantizer: Quantizer, decoder: Decoder, config: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        if not encoder.dim == quantizer.dim == decoder.dim:
+            raise ConfigError(
+                f"encoder, quantizer and decoder must agree on the width of a code; "
+                f"got {encoder.dim}, {quantizer.dim} and {decoder.dim}"
+            )
+        if encoder.max_tokens != decoder.max_tokens:
+            raise ConfigError(f"the encoder makes {encoder.max_tokens} tokens, the decoder takes {decoder.max_tokens}")
+        self.canvas, self.encoder, self.quantizer, self.decoder = canvas, encoder, quantizer, decoder
+        self.config = dict(config)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Tokenizer:
+        """An untrained tokenizer from a preset table. Raises ``ConfigError``."""
+        missing = [part for part in ("name", *PARTS) if part not in config]
+        if missing:
+            raise ConfigError(f"a tokenizer's config needs {', '.join(missing)}")
+        types = {"canvas": Canvas, "encoder": Encoder, "quantizer": Quantizer, "decoder": Decoder}
+        parts = {part: build(kind, config[part], part) for part, kind in types.items()}
+        return cls(**parts, config={key: config[key] for key in ("name", *PARTS)})
+
+    # What it is
+
+    @property
+    def name(self) -> str:
+        return self.config["name"]
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of what ``decode`` gives."""
+        return self.canvas.image_size
+
+    @property
+    def max_tokens(self) -> int:
+        return self.encoder.max_tokens
+
+    @property
+    def nested(self) -> bool:
+        """Whether a prefix of the tokens is a code of its own."""
+        return self.encoder.nested
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        return self.quantizer.codebook_sizes
+
+    @property
+    def vocab_size(self) -> int:
+        """Distinct ids of ``Tokens.to_sequence()``; ids from here on are free for special tokens."""
+        return sum(self.codebook_sizes)
+
+    @property
+    def bits_per_token(self) -> int:
+        """Bits that one token takes in a file."""
+        return sum((size - 1).bit_length() for size in self.codebook_sizes)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the encoder and decoder; quantizing is always float32."""
+        return next(self.encoder.parameters()).dtype
+
+    # Images -> tokens -> images
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Any,
+        n_tokens: int | Sequence[int] | None = None,
+        *,
+        resize: Resize | None = None,
+        batch_size: int = 32,
+    ) -> Tokens:
+        """Images of any size -> ``Tokens`` with ids b n k.
+
+        images: path, PIL, uint8 array h w 3, tensor 3 h w or b 3 h w (uint8, or float in [0, 1]), a list.
+        n_tokens: None for all, one number, or one per image; fewer than all needs a nested tokenizer.
+        resize: "crop", "pad" or "exact"; None for the tokenizer's own.
+        batch_size: images in memory at a time; a list of paths is read as it is encoded.
+
+        Raises ``ValueError`` (``ImageError`` for an image that cannot be read).
+        """
+        items = list(images) if isinstance(images, (list, tuple)) else load_images(images)
+        if not items:
+            raise ValueError("there are no images to encode: the list is empty")
+        lengths = self._lengths(n_tokens, len(items))
+        n = max(lengths)
+        ids = []
+        for batch in _chunks(items, batch_size):
+            x = torch.stack([self.canvas.fit(load_image(item), resize) for item in batch]).to(self.device)
+            z = self.encoder(self.canvas.read(x).to(self.dtype), n)
+            ids.append(self.quantizer(z).ids)
+        all_ids = torch.cat(ids)
+        ragged = torch.tensor(lengths, device=self.device)
+        if min(lengths) < n:
+            past = torch.arange(n, device=self.device) >= ragged[:, None]
+            all_ids = all_ids.masked_fill(past[..., None], -1)
+        return Tokens(
+            all_ids, codebook_sizes=self.codebook_sizes, tokenizer=self.name, lengths=ragged, nested=self.nested
+        )
+
+    @torch.no_grad()
+    def decode(self, tokens: Tokens | Tensor, *, batch_size: int = 32, **sampling: Any) -> Tensor:
+        """Tokens, or ids b n k (b n where k is 1) -> images b 3 h w, float32 in [0, 1].
+
+        sampling: nothing for a one-pass decoder; steps, guidance (1 is none), guidance_kind, solver, generator and noise
+        (b c h w in the decoder's own space) for a flow decoder.
+
+        Raises ``ValueError`` for tokens of another tokenizer, ids out of range, or a length it cannot decode.
+        """
+        tokens = self._own(tokens)
+        noise = sampling.pop("noise", None)
+        if noise is not None and len(noise) != len(tokens):
+            raise ValueError(f"noise is for {len(noise)} images, tokens are {len(tokens)}")
+        pictures = []
+        for start in range(0, len(tokens), batch_size):
+            part = tokens[start : start + batch_size].to(self.device)
+            if noise is not None:
+                sampling["noise"] = noise[start : start + batch_size]
+            codes = self.quantizer.lookup(part.ids.clamp_min(0))
+            pictures.append(self.canvas.paint(self.decoder(codes, part.lengths, **sampling)).float().clamp(0, 1))
+        return torch.cat(pictures)
+
+    def reconstruct(
+        self, images: Any, n_tokens: int | Sequence[int] | None = None, *, resize: Resize | None = None, **sampling: Any
+    ) -> Tensor:
+        """``decode(encode(images, n_tokens))``: b 3 h w, float32 in [0, 1]."""
+        return self.decode(self.encode(images, n_tokens, resize=resize), **sampling)
+
+    def tokens_from_sequence(self, ids: Tensor, pad: int | None = None) -> Tokens:
+        """The inverse of ``Tokens.to_sequence``: int64 b (n k), or (n k) for one image. Raises ``ValueError``."""
+        return Tokens.from_sequence(ids, self.codebook_sizes, self.name, pad=pad, nested=self.nested)
+
+    # Training and files
+
+    def training_pass(self, images: Tensor) -> TrainingPass:
+        """images: b 3 h w, floats in [0, 1], already of ``image_size``. Draws lengths from the encoder's policy."""
+        lengths = self.encoder.lengths.sample(len(images), self.max_tokens)
+        n = self.max_tokens if lengths is None else int(lengths.max())
+        quantized = self.quantizer(self.encoder(self.canvas.read(images), n))
+        ragged = None if lengths is None or bool((lengths == n).all()) else lengths.to(images.device)
+        decoded = self.decoder.loss(quantized.codes, self.canvas.target(images), ragged)
+        return TrainingPass(quantized, decoded, lengths)
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes one safetensors file with the config as JSON in its header.
+
+        dtype: of the stored floats (torch.float16 halves the file); None keeps each as it is.
+        The file appears whole or not at all.
+        """
+        from safetensors.torch import save_file
+
+        state = {
+            key: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
+            for key, value in self.state_dict().items()
+        }
+        header = {"format": "tokenizers_vis", "version": "1", "config": json.dumps(self.config)}
+        write_atomically(Path(path), lambda target: save_file(state, target, metadata=header))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Reads what ``save`` wrote, in float32. Raises ``CheckpointError``."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = file.metadata() or {}
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+        if header.get("format") != "tokenizers_vis":
+            raise CheckpointError(f"{path} is no tokenizers_vis checkpoint: its header does not say so")
+        if header.get("version") != "1":
+            raise CheckpointError(f"{path} is of version {header.get('version')}, this library reads version 1")
+        tokenizer = cls.from_config(json.loads(header["config"]))
+        load_strictly(tokenizer, state, str(path))
+        return tokenizer
+
+    # How it shows itself
+
+    def __repr__(self) -> str:
+        k = len(self.codebook_sizes)
+        books = f"{k} codebook{'s' * (k > 1)} of {', '.join(map(str, sorted(set(self.codebook_sizes))))}"
+        order = "1 to " if self.nested else ""
+        millions = sum(p.numel() for p in self.parameters()) / 1e6
+        return (
+            f"Tokenizer({self.name}: {order}{self.max_tokens} tokens, {books}, {self.image_size} px, "
+            f"{millions:.1f} M parameters, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><td>{key}</td><td><b>{value}</b></td></tr>" for key, value in self.describe().items())
+        return f"<table><caption><b>{self.name}</b></caption>{rows}</table>"
+
+    def describe(self) -> dict[str, str]:
+        """What a person wants to know, as pairs of words."""
+        bits = self.bits_per_token * self.max_tokens
+        parts = (self.encoder, self.quantizer, self.decoder)
+        return {
+            "tokens": f"1 to {self.max_tokens}, ordered" if self.nested else f"{self.max_tokens}",
+            "codebooks": " + ".join(f"{size:,}" for size in self.codebook_sizes),
+            "bits per token": str(self.bits_per_token),
+            "bytes per image": f"{-(-bits // 8)} at {self.max_tokens} tokens",
+            "bits per pixel": f"{bits / self.image_size**2:.3f} at {self.max_tokens} tokens",
+            "image size": f"{self.image_size} px, resize={self.canvas.resize!r}",
+            "encoder, quantizer, decoder": ", ".join(self.config[part]["kind"] for part in PARTS[1:]),
+            "parameters": " + ".join(f"{sum(p.numel() for p in part.parameters()) / 1e6:.2f} M" for part in parts),
+            "runs on": f"{self.device}, {str(self.dtype).removeprefix('torch.')}",
+        }
+
+    def _lengths(self, n_tokens: int | Sequence[int] | None, b: int) -> list[int]:
+        if n_tokens is None:
+            return [self.max_tokens] * b
+        many = not isinstance(n_tokens, (int, str)) and hasattr(n_tokens, "__len__")
+        lengths = list(n_tokens) if many else [n_tokens] * b
+        if len(lengths) != b:
+            raise ValueError(f"n_tokens is one number or one per image: got {len(lengths)} for {b} images")
+        lengths = [n.item() if isinstance(n, Tensor) else n for n in lengths]
+        for n in lengths:
+            if isinstance(n, bool) or not hasattr(n, "__index__") or not 1 <= n <= self.max_tokens:
+                raise ValueError(f"n_tokens is a whole number from 1 to {self.max_tokens}, got {n!r}")
+            if n != self.max_tokens and not self.nested:
+                from tokenizers_vis.catalogue import nested_presets
+
+                raise ValueError(
+                    f"{self.name} always makes {self.max_tokens} tokens; n_tokens={n} needs a nested tokenizer "
+                    f"such as {', '.join(nested_presets())}"
+                )
+        return [int(n) for n in lengths]
+
+    def _own(self, tokens: Tokens | Tensor) -> Tokens:
+        """``tokens`` as Tokens of this tokenizer, or ``ValueError``."""
+        if isinstance(tokens, Tensor):
+            tokens = Tokens(tokens, codebook_sizes=self.codebook_sizes, tokenizer=self.name, nested=self.nested)
+        if not isinstance(tokens, Tokens):
+            raise ValueError(f"decode takes Tokens or a tensor of ids b n k, got {type(tokens).__name__}")
+        if tokens.tokenizer != self.name or tokens.codebook_sizes != self.codebook_sizes:
+            raise ValueError(
+                f"these tokens are of {tokens.tokenizer!r} with codebooks {tokens.codebook_sizes}; this tokenizer is "
+                f"{self.name!r} with {self.codebook_sizes}. Decode them with the tokenizer that made them"
+            )
+        n = tokens.ids.shape[1]
+        if n > self.max_tokens:
+            raise ValueError(f"{self.name} has at most {self.max_tokens} tokens an image, got {n}")
+        if not self.nested and (n < self.max_tokens or tokens.lengths is not None):
+            raise ValueError(f"{self.name} is not nested: it decodes {self.max_tokens} tokens an image, no fewer")
+        return tokens
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads ``state`` or raises ``CheckpointError`` that lists what is missing, left over or of another shape."""
+    wanted = module.state_dict()
+    complaints = {
+        "missing": [key for key in wanted if key not in state],
+        "left over": [key for key in state if key not in wanted],
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
+            for key in wanted
+            if key in state and state[key].shape != wanted[key].shape
+        ],
+    }
+    found = [f"{what}: {', '.join(keys[:6])}{' ...' * (len(keys) > 6)}" for what, keys in complaints.items() if keys]
+    if found:
+        raise CheckpointError(f"{source} does not fit its config; {'; '.join(found)}")
+    module.load_state_dict(state)
+
+
+def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -1,0 +1,554 @@
+"""Tokens: a batch of images as ids, their ``.tok`` file, and the bridge to one stream of integers.
+
+Letters: b batch, n tokens, k codebooks.
+
+The ``.tok`` file, version 1. A varint is an unsigned LEB128: 7 bits a byte, lowest first, the top bit set on all bytes
+but the last. A CRC32 is the one of zlib and PNG, 4 bytes, big-endian.
+
+    magic           4 bytes   89 54 4F 4B ("\\x89TOK"; the first byte is not text, so a file sent as text is noticed)
+    version         1 byte    1
+    flags           1 byte    1: it is known whether the tokenizer is nested; 2: it is; 4: ragged. Others are 0
+    b, n, k         varints   images, tokens of the longest image, codebooks; none is 0
+    sizes           k varints the size of each codebook, 2 to 2**62
+    name            varint, then as many bytes of UTF-8: the tokenizer
+    lengths         b varints the tokens of each image, 1 to n; only when ragged
+    payload CRC32   4 bytes   of all that follows the header
+    header CRC32    4 bytes   of all bytes before it
+    payload         the ids, bit after bit, highest bit first, 0 bits up to the last whole byte
+
+One token is k ids, codebook 0 first; an id of a codebook of size s takes ceil(log2(s)) bits. The order is token 0 of
+every image, then token 1 of every image that has one, and so on. A file that was cut short thus holds a prefix of
+every image, which a nested tokenizer can decode.
+"""
+
+from __future__ import annotations
+
+import html
+import operator
+import warnings
+import zlib
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.functional import pad as pad_tensor
+
+from tokenizers_vis.files import write_atomically
+from tokenizers_vis.quantizers.base import check_ids
+
+MAGIC = b"\x89TOK"
+VERSION = 1
+_NESTED_KNOWN, _NESTED, _RAGGED = 1, 2, 4
+_MAX_SIZE = 2**62
+
+# How much of a batch a notebook shows.
+_SHOWN_IMAGES, _SHOWN_TOKENS = 8, 256
+
+
+class TokenFileError(ValueError):
+    """A ``.tok`` file that cannot be read."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tokens:
+    """A batch of tokenized images. Frozen; ``==`` compares what is in it, on any device.
+
+    ids: b n k integers (b n will do for one codebook), kept as int64; each within its codebook. In a ragged batch
+        the places after an image's last token hold -1.
+    codebook_sizes: k sizes, each at least 2.
+    tokenizer: the name of the tokenizer that made them.
+    lengths: b, 1 to n, the real tokens of each image of a ragged batch; None when all have n.
+    nested: whether a prefix of the tokens is an image too; None when not known.
+
+    ``tokens[2]``, ``tokens[:2]``, ``tokens[[0, 3]]`` are parts of the batch, always a batch; ``tokens[:, :8]`` is a
+    prefix.
+
+    Raises ``ValueError`` when any of this does not hold.
+    """
+
+    ids: Tensor
+    codebook_sizes: tuple[int, ...]
+    tokenizer: str
+    lengths: Tensor | None = None
+    nested: bool | None = None
+
+    def __post_init__(self) -> None:
+        sizes = _check_sizes(self.codebook_sizes)
+        if not isinstance(self.tokenizer, str):
+            raise ValueError(f"tokenizer is the tokenizer's name, a text; got {self.tokenizer!r}")
+        if self.nested is not None and not isinstance(self.nested, bool):
+            raise ValueError(f"nested is True, False or None (not known); got {self.nested!r}")
+        ids = self.ids
+        if not isinstance(ids, Tensor):
+            raise ValueError(f"ids are a tensor b n {len(sizes)}, got {type(ids).__name__}; torch.as_tensor makes one")
+        if ids.ndim == 2 and len(sizes) == 1:
+            ids = rearrange(ids, "b n -> b n 1")
+        if ids.ndim == 3 and 0 in ids.shape[:2]:
+            raise ValueError(f"a batch holds at least one image of at least one token, got ids {tuple(ids.shape)}")
+        lengths = None
+        if self.lengths is None:
+            check_ids(ids, sizes)
+        else:
+            check_ids(ids[:0] if ids.ndim else ids, sizes)  # rank, width and dtype first; the values need the lengths
+            lengths = _check_lengths(self.lengths, ids)
+            real = _real(lengths, ids.shape[1])
+            if (ids.masked_select(~real) != -1).any():
+                raise ValueError("ids after an image's last token are -1; check lengths, or fill the rest with -1")
+            check_ids(ids.masked_fill(~real, 0), sizes)
+            lengths = None if bool((lengths == ids.shape[1]).all()) else lengths
+        for name, value in (("ids", ids.long()), ("codebook_sizes", sizes), ("lengths", lengths)):
+            object.__setattr__(self, name, value)
+
+    # -- what it is
+
+    @property
+    def n_tokens(self) -> int:
+        """n, the places for tokens; in a ragged batch ``lengths`` says how many of them each image fills."""
+        return self.ids.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids the one stream of ``to_sequence`` has, without specials."""
+        return sum(self.codebook_sizes)
+
+    @property
+    def bits_per_token(self) -> int:
+        return sum(_bits(self.codebook_sizes))
+
+    @property
+    def nbytes(self) -> list[int]:
+        """For each image, the bytes that its ids take, packed alone and without a header."""
+        return [-(-length * self.bits_per_token // 8) for length in self._length_list()]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __eq__(self, other: object) -> bool:
+        """The same tokens of the same tokenizer. Device, room for padding and ``nested`` do not count."""
+        if not isinstance(other, Tokens):
+            return NotImplemented
+        same_kind = self.codebook_sizes == other.codebook_sizes and self.tokenizer == other.tokenizer
+        if not same_kind or self._length_list() != other._length_list():
+            return False
+        n = max(self._length_list())
+        return torch.equal(self.ids[:, :n].cpu(), other.ids[:, :n].cpu())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        sizes, lengths, nbytes = self.codebook_sizes, self._length_list(), self.nbytes
+        books = "1 codebook" if len(sizes) == 1 else f"{len(sizes)} codebooks"
+        most = max(nbytes)
+        return (
+            f"Tokens({len(self)} x {_span(lengths)} of {self.tokenizer}, {books} of {_span(sizes)}, "
+            f"{_span(nbytes)} {'byte' if most == 1 else 'bytes'} an image)"
+        )
+
+    def _repr_html_(self) -> str:
+        strips = []
+        for index, length in enumerate(self._length_list()[:_SHOWN_IMAGES]):
+            ids = self.ids[index, : min(length, _SHOWN_TOKENS)].tolist()
+            cells = "".join(
+                "<span style='display:inline-flex;flex-direction:column;margin:0 1px 2px 0'>"
+                + "".join(map(_cell, token, self.codebook_sizes))
+                + "</span>"
+                for token in ids
+            )
+            more = f" &hellip; and {length - len(ids)} more" if length > len(ids) else ""
+            strips.append(
+                f"<div style='line-height:0;margin:4px 0'>{cells}<small style='opacity:.7'>{more}</small></div>"
+            )
+        if len(self) > _SHOWN_IMAGES:
+            strips.append(f"<small style='opacity:.7'>and {len(self) - _SHOWN_IMAGES} more images</small>")
+        # No colour is set for text, and the cells are of middle lightness: both show on a dark and on a light page.
+        return f"<div><strong>{html.escape(repr(self))}</strong>{''.join(strips)}</div>"
+
+    # -- parts and wholes
+
+    def __getitem__(self, index: Any) -> Tokens:
+        rows, prefix = index if isinstance(index, tuple) and len(index) == 2 else (index, slice(None))
+        n = self._prefix_length(prefix)
+        rows = _rows(rows, len(self))
+        lengths = None if self.lengths is None else self.lengths[rows].clamp(max=n)
+        return Tokens(self.ids[rows, :n], self.codebook_sizes, self.tokenizer, lengths, self.nested)
+
+    def __iter__(self) -> Iterator[Tokens]:
+        """Each image as a batch of one, without padding."""
+        for index, length in enumerate(self._length_list()):
+            ids = self.ids[index : index + 1, :length]
+            yield Tokens(ids, self.codebook_sizes, self.tokenizer, None, self.nested)
+
+    @classmethod
+    def stack(cls, parts: Iterable[Tokens]) -> Tokens:
+        """One batch of several, in their order, on the first one's device; images of unlike lengths make it ragged.
+
+        Raises ``ValueError`` for no parts, or parts of unlike tokenizers or codebooks.
+        """
+        parts = list(parts)
+        if not parts:
+            raise ValueError("Tokens.stack joins at least one Tokens, got none")
+        first = parts[0]
+        for part in parts:
+            if (part.tokenizer, part.codebook_sizes) != (first.tokenizer, first.codebook_sizes):
+                raise ValueError(f"only tokens of one tokenizer stack; got {first!r} and {part!r}")
+        n = max(part.n_tokens for part in parts)
+        ids = [pad_tensor(part.ids.to(first.ids.device), (0, 0, 0, n - part.n_tokens), value=-1) for part in parts]
+        lengths = [length for part in parts for length in part._length_list()]
+        nested = first.nested if all(part.nested == first.nested for part in parts) else None
+        return cls(torch.cat(ids), first.codebook_sizes, first.tokenizer, torch.tensor(lengths), nested)
+
+    def to(self, device: torch.device | str) -> Tokens:
+        lengths = None if self.lengths is None else self.lengths.to(device)
+        return Tokens(self.ids.to(device), self.codebook_sizes, self.tokenizer, lengths, self.nested)
+
+    def cpu(self) -> Tokens:
+        return self.to("cpu")
+
+    # -- one stream of integers
+
+    def to_sequence(self, pad: int | None = None) -> Tensor:
+        """ids as one vocabulary: b (n k) int64, token by token, codebook j offset by ``sum(codebook_sizes[:j])``.
+
+        pad: fills the places after an image's last token; needed for a ragged batch, at least ``vocab_size``.
+        """
+        _check_pad(pad, self.vocab_size)
+        if self.lengths is not None and pad is None:
+            raise ValueError(
+                f"these images have unlike numbers of tokens ({_span(self._length_list())}): give pad, an id "
+                f"from {self.vocab_size} on, or go image by image"
+            )
+        ids = self.ids + _offsets(self.codebook_sizes).to(self.ids.device)
+        if self.lengths is not None:
+            ids = ids.masked_fill(~_real(self.lengths, self.n_tokens), pad)
+        return rearrange(ids, "b n k -> b (n k)")
+
+    @classmethod
+    def from_sequence(
+        cls,
+        ids: Tensor,
+        codebook_sizes: Sequence[int],
+        tokenizer: str,
+        pad: int | None = None,
+        nested: bool | None = None,
+    ) -> Tokens:
+        """The inverse of ``to_sequence``. ids: b (n k) integers, or one (n k).
+
+        Raises ``ValueError`` for floats, a length that is no multiple of k, an id that does not belong to the
+        codebook of its place (a special token, say), or a pad that is followed by another id.
+        """
+        sizes = _check_sizes(codebook_sizes)
+        k, vocab_size = len(sizes), sum(sizes)
+        _check_pad(pad, vocab_size)
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"a sequence is a tensor of integers, got {getattr(ids, 'dtype', type(ids).__name__)}")
+        if ids.ndim not in (1, 2) or ids.numel() == 0:
+            raise ValueError(f"a sequence is b (n {k}) or (n {k}) with at least one token, got {tuple(ids.shape)}")
+        ids = ids.long() if ids.ndim == 2 else rearrange(ids.long(), "l -> 1 l")
+        if ids.shape[1] % k:
+            raise ValueError(f"a sequence is {k} ids a token, but {ids.shape[1]} is no multiple of {k}; strip specials")
+        real = torch.ones_like(ids) if pad is None else (ids != pad).long().cumprod(dim=1)
+        counts = real.sum(dim=1)
+        if (counts % k).any() or (counts == 0).any():
+            raise ValueError(f"before pad {pad} come whole tokens of {k} ids, at least one; got {counts.tolist()} ids")
+        real = rearrange(real, "b (n k) -> b n k", k=k).bool()
+        by_token, low = rearrange(ids, "b (n k) -> b n k", k=k), _offsets(sizes).to(ids.device)
+        local = by_token - low
+        wrong = real & ((by_token < low) | (local >= torch.tensor(sizes, device=ids.device)))
+        if pad is not None:
+            wrong |= ~real & (by_token != pad)
+        if wrong.any():
+            b, n, j = wrong.nonzero()[0].tolist()
+            first, found = sum(sizes[:j]), by_token[b, n, j].item()
+            raise ValueError(
+                f"sequence {b} has id {found} at place {n * k + j}, where codebook {j} takes {first} to "
+                f"{first + sizes[j] - 1}" + ("" if pad is None else f" (or {pad} from there to the end)")
+            )
+        return cls(local.masked_fill(~real, -1), sizes, tokenizer, counts // k, nested)
+
+    # -- the .tok file
+
+    def to_bytes(self) -> bytes:
+        """The content of a ``.tok`` file."""
+        lengths, name = self._length_list(), self.tokenizer.encode()
+        n, ragged = max(lengths), min(lengths) < max(lengths)
+        flags = _RAGGED * ragged + _NESTED_KNOWN * (self.nested is not None) + _NESTED * (self.nested is True)
+        numbers = [len(self), n, len(self.codebook_sizes), *self.codebook_sizes, len(name)]
+        by_token = rearrange(self.ids[:, :n].cpu(), "b n k -> n b k").numpy()
+        payload = _pack(by_token[_real_by_token(lengths, n)], self.codebook_sizes)
+        header = MAGIC + bytes([VERSION, flags]) + b"".join(map(_varint, numbers)) + name
+        header += b"".join(map(_varint, lengths)) if ragged else b""
+        header += zlib.crc32(payload).to_bytes(4, "big")
+        return header + zlib.crc32(header).to_bytes(4, "big") + payload
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Tokens:
+        """The tokens of a ``.tok`` file's content.
+
+        A nested tokenizer's file that was cut short gives the tokens that arrived whole, with a ``UserWarning``; what
+        is left of it cannot be checked against the checksum.
+
+        Raises ``TokenFileError`` for anything else that is not a whole, undamaged file.
+        """
+        tokens, warning = cls._parse(bytes(data))
+        if warning:
+            warnings.warn(warning, stacklevel=2)
+        return tokens
+
+    def save(self, path: str | Path) -> None:
+        """Writes a ``.tok`` file, whole or not at all; ``OSError`` when the disk does not take it."""
+        write_atomically(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokens:
+        """Reads a ``.tok`` file, as ``from_bytes`` does."""
+        try:
+            data = Path(path).read_bytes()
+        except OSError as error:
+            raise TokenFileError(f"{path} cannot be read: {error.strerror or error}") from error
+        try:
+            tokens, warning = cls._parse(data)
+        except TokenFileError as error:
+            raise TokenFileError(f"{path}: {error}") from error
+        if warning:
+            warnings.warn(f"{path}: {warning}", stacklevel=2)
+        return tokens
+
+    @classmethod
+    def _parse(cls, data: bytes) -> tuple[Tokens, str]:
+        """The tokens, and a warning if some are missing."""
+        sizes, name, lengths, nested, expected_crc, start = _read_header(data)
+        payload, b, total = data[start:], len(lengths), sum(lengths)
+        bits = sum(_bits(sizes))
+        whole = -(-total * bits // 8)
+        if len(payload) > whole:
+            raise TokenFileError(
+                f"{len(payload) - whole} bytes follow the {whole} bytes of tokens; are these two files in one? "
+                "Save it anew"
+            )
+        arrived, warning = total, ""
+        if len(payload) < whole:
+            arrived = len(payload) * 8 // bits
+            found = f"the file is cut short: {arrived} of {total} tokens arrived whole"
+            if not nested:
+                raise TokenFileError(f"{found}, and its tokenizer is not known to be nested; fetch the file again")
+            if arrived < b:
+                raise TokenFileError(f"{found}, not one for each of {b} images; fetch the file again")
+            warning = f"{found}; every image is decoded from a shorter prefix"
+        elif zlib.crc32(payload) != expected_crc:
+            raise TokenFileError("the tokens do not match their checksum: the file is damaged; fetch or save it again")
+        # Only as many rows of tokens as arrived: memory follows the bytes there are, not the header's promise.
+        n = max(lengths)
+        if arrived < total:
+            n = 1 + bisect_left(range(n), arrived, key=lambda row: sum(min(length, row + 1) for length in lengths))
+        real = _real_by_token([min(length, n) for length in lengths], n)
+        # The cut falls inside a row: the tokens of the first images are there, those of the last are not.
+        real &= (real.cumsum() <= arrived).reshape(real.shape)
+        ids = np.full((*real.shape, len(sizes)), -1, dtype=np.int64)
+        ids[real] = _unpack(payload, sizes, arrived)
+        try:
+            tokens = cls(
+                rearrange(torch.from_numpy(ids), "n b k -> b n k").contiguous(),
+                sizes,
+                name,
+                torch.from_numpy(real.sum(axis=0)),
+                nested,
+            )
+        except ValueError as error:
+            raise TokenFileError(f"the file holds ids that no codebook has: {error}; it was written wrongly") from error
+        return tokens, warning
+
+    def _length_list(self) -> list[int]:
+        return [self.ids.shape[1]] * len(self) if self.lengths is None else self.lengths.tolist()
+
+    def _prefix_length(self, index: Any) -> int:
+        if not isinstance(index, slice) or index.start not in (None, 0) or index.step not in (None, 1):
+            raise ValueError(f"along the tokens only a prefix can be taken, tokens[:, :8]; got {index!r}")
+        n = index.indices(self.n_tokens)[1]
+        if n < 1:
+            raise ValueError(f"a prefix holds at least one token, got {index.stop} of {self.n_tokens}")
+        if n < self.n_tokens and self.nested is False:
+            raise ValueError(
+                f"{self.tokenizer} is not nested: all of its {self.n_tokens} tokens are needed for an image, got "
+                f"a prefix of {n}; prefixes need a nested tokenizer"
+            )
+        return n
+
+
+def _check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(size) for size in sizes)
+    except TypeError as error:
+        raise ValueError(f"codebook_sizes is one whole number per codebook, such as (4096,); got {sizes!r}") from error
+    if not sizes or min(sizes) < 2 or max(sizes) > _MAX_SIZE or sum(sizes) > 2**63:
+        raise ValueError(f"codebook_sizes is one or more sizes of 2 to 2**62, together at most 2**63; got {sizes}")
+    return sizes
+
+
+def _check_lengths(lengths: Any, ids: Tensor) -> Tensor:
+    lengths = torch.as_tensor(lengths, device=ids.device)
+    b, n = ids.shape[:2]
+    if lengths.shape != (b,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(
+            f"lengths is one whole number for each of {b} images, got {lengths.dtype} {tuple(lengths.shape)}"
+        )
+    if lengths.min() < 1 or lengths.max() > n:
+        raise ValueError(f"lengths run from 1 to {n}, the tokens there are; got {lengths.tolist()}")
+    return lengths.long()
+
+
+def _check_pad(pad: int | None, vocab_size: int) -> None:
+    if pad is not None and pad < vocab_size:
+        raise ValueError(f"pad {pad} is the id of a token; specials come after the last code, from {vocab_size} on")
+
+
+def _rows(index: Any, b: int) -> list[int]:
+    """The images that an index names, so that a negative step and a single number need no case of their own."""
+    if isinstance(index, slice):
+        rows = list(range(b))[index]
+    elif isinstance(index, (list, Tensor, np.ndarray)):
+        index = torch.as_tensor(index)
+        if index.ndim == 0:
+            return _rows(index.item(), b)
+        if index.ndim > 1 or index.is_floating_point() or (index.dtype == torch.bool and len(index) != b):
+            raise ValueError(f"images are chosen by whole numbers or by {b} booleans, got {tuple(index.shape)}")
+        rows = (index.nonzero()[:, 0] if index.dtype == torch.bool else index).tolist()
+    else:
+        try:
+            rows = [operator.index(index)]
+        except TypeError as error:
+            raise ValueError(f"tokens take [images] or [images, :prefix], got {index!r}") from error
+    if any(not -b <= row < b for row in rows):
+        raise IndexError(f"a batch of {b} has images 0 to {b - 1}, got {rows}")
+    if not rows:
+        raise ValueError(f"no image is left: {index!r} of a batch of {b}")
+    return rows
+
+
+def _bits(sizes: Iterable[int]) -> list[int]:
+    """ceil(log2(size)) of each, exactly."""
+    return [(size - 1).bit_length() for size in sizes]
+
+
+def _offsets(sizes: Sequence[int]) -> Tensor:
+    return torch.tensor([sum(sizes[:j]) for j in range(len(sizes))], dtype=torch.int64)
+
+
+def _real(lengths: Tensor, n: int) -> Tensor:
+    """b n 1, True where there is a token."""
+    return rearrange(torch.arange(n, device=lengths.device) < lengths[:, None], "b n -> b n 1")
+
+
+def _real_by_token(lengths: Sequence[int], n: int) -> np.ndarray:
+    """n b, True where there is a token: the order of the file."""
+    return np.arange(n)[:, None] < np.array(lengths)
+
+
+def _pack(ids: np.ndarray, sizes: Sequence[int]) -> bytes:
+    """ids: t k -> bits, highest first."""
+    widths = _bits(sizes)
+    bits = np.empty((len(ids), sum(widths)), dtype=np.uint8)
+    column = 0
+    for j, width in enumerate(widths):
+        for shift in reversed(range(width)):
+            bits[:, column] = (ids[:, j] >> shift) & 1
+            column += 1
+    return np.packbits(bits).tobytes()
+
+
+def _unpack(payload: bytes, sizes: Sequence[int], count: int) -> np.ndarray:
+    """The first ``count`` tokens of a payload: t k, int64."""
+    widths = _bits(sizes)
+    bits = np.unpackbits(np.frombuffer(payload, np.uint8), count=count * sum(widths)).reshape(count, sum(widths))
+    ids = np.zeros((count, len(sizes)), dtype=np.int64)
+    column = 0
+    for j, width in enumerate(widths):
+        for _ in range(width):
+            ids[:, j] = (ids[:, j] << 1) | bits[:, column]
+            column += 1
+    return ids
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value >= 128:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_header(data: bytes) -> tuple[tuple[int, ...], str, list[int], bool | None, int, int]:
+    """sizes, name, lengths, nested, the payload's CRC32, and where the payload starts."""
+    if not data.startswith(MAGIC[: len(data)]):
+        raise TokenFileError(f"this is no .tok file: it starts with {data[:4]!r}, a .tok file with {MAGIC!r}")
+    place = 4
+
+    def take(count: int) -> bytes:
+        nonlocal place
+        if place + count > len(data):
+            raise TokenFileError(f"the file ends inside its header, after {len(data)} bytes; fetch it again")
+        place += count
+        return data[place - count : place]
+
+    def number() -> int:
+        value = shift = 0
+        while shift < 70:
+            byte = take(1)[0]
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+        raise TokenFileError(
+            f"the header is damaged: the number before byte {place} does not end; fetch the file again"
+        )
+
+    version, flags = take(2)
+    if version != VERSION:
+        raise TokenFileError(f"the file is of version {version}, this reads version {VERSION}; update tokenizers_vis")
+    b, n, k = number(), number(), number()
+    sizes = tuple(number() for _ in range(k))
+    name = take(number())
+    lengths = [number() for _ in range(b)] if flags & _RAGGED else None
+    payload_crc = int.from_bytes(take(4), "big")
+    header_crc = zlib.crc32(data[:place])
+    if int.from_bytes(take(4), "big") != header_crc:
+        raise TokenFileError("the header does not match its checksum: the file is damaged; fetch or save it again")
+    # From here on the header is what was written; what follows guards against a writer that got it wrong.
+    try:
+        _check_sizes(sizes)
+        tokenizer = name.decode()
+    except ValueError as error:
+        raise TokenFileError(f"the header is wrong: {error}") from error
+    if (
+        flags > 7
+        or flags & 3 == _NESTED
+        or min(b, n) < 1
+        or n > _MAX_SIZE
+        or (lengths and (min(lengths) < 1 or max(lengths) != n))
+    ):
+        raise TokenFileError(f"the header is wrong: flags {flags}, {b} images of {n} tokens, lengths {lengths}")
+    nested = bool(flags & _NESTED) if flags & _NESTED_KNOWN else None
+    if lengths is None:
+        if b > 8 * len(data):  # each image has at least one token of at least one bit
+            raise TokenFileError(f"the file is cut short: {len(data)} bytes cannot hold {b} images; fetch it again")
+        lengths = [n] * b
+    return sizes, tokenizer, lengths, nested, payload_crc, place
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _cell(value: int, size: int) -> str:
+    # The hues stop short of the full circle, or the first and the last id would look the same.
+    return (
+        f"<span title='{value}' style='display:block;width:12px;height:12px;border-radius:2px;"
+        f"background:hsl({330 * value // (size - 1)},65%,55%)'></span>"
+    )

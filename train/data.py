@@ -1,0 +1,479 @@
+"""Images for training, from folders or from WebDataset tar shards, in an order that a run can resume exactly.
+
+Batch i is a pure function of (seed, i): which images, which crops, which flips. A run that stops after batch i goes on
+with batch i + 1, bitwise the same whatever the number of workers. The webdataset reader is not used since its streaming
+shuffle depends on what was read before, so that it cannot resume at an exact sample.
+
+Letters: b batch, h w height and width, s the side of a training image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import re
+import signal
+import sys
+import tarfile
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from glob import glob
+from pathlib import Path
+from threading import get_ident
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tokenizers_vis.images import ImageError, find_images, load_image, to_pil
+
+# In a shard other formats are as a rule labels (a .tif mask), not the image.
+SHARD_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+ATTEMPTS = 10
+# What a random stream is for; the first word after the seed, so that no two streams are ever the same.
+_ORDER, _VIEW, _REPLACE = range(3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a run learns from.
+
+    train, val: folder or shards as ``open_source`` reads them; an empty ``val`` is no validation.
+    crop: range of the random-resized crop's area, as a part of the image's. flip: chance of a mirror image.
+    workers: processes that decode; 0 decodes in the training process. val_images: how many images to validate on.
+    """
+
+    train: str = ""
+    val: str = ""
+    crop: tuple[float, float] = (0.6, 1.0)
+    flip: float = 0.5
+    workers: int = 2
+    val_images: int = 256
+
+    def __post_init__(self) -> None:
+        _check_views(self.crop, self.flip, self.workers)
+        _check_whole("val_images", self.val_images, 1)
+
+
+class _Handle:
+    """One open file, read at any place; closed with its last reference. ``owner``: the process and thread it is for."""
+
+    def __init__(self, path: str, owner: tuple[int, int]) -> None:
+        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self.fd)
+
+    def read(self, offset: int, size: int) -> bytes:
+        os.lseek(self.fd, offset, os.SEEK_SET)
+        return os.read(self.fd, size)
+
+
+class ImageSource:
+    """A fixed sequence of encoded images: ``len``, ``names[i]``, ``read(i)``, ``fingerprint``. Pickles, forks, threads.
+
+    names: unique, sorted; path below the nearest folder that holds the whole source, shards counted as folders.
+    fingerprint: 16 hex digits over names and sizes; the same data give the same one, however the path was spelled.
+    """
+
+    def __init__(self, places: Iterable[tuple[str, str, int, int]]) -> None:
+        """places: name, file, offset and size in bytes of every image."""
+        places = sorted(places)
+        self.names = [name for name, _, _, _ in places]
+        self._files = sorted({file for _, file, _, _ in places})
+        number = {file: i for i, file in enumerate(self._files)}
+        # Arrays, not lists of objects: forked workers would copy those page by page as they count references.
+        self._places = np.array([(number[file], offset, size) for _, file, offset, size in places], dtype=np.int64)
+        digest = hashlib.sha256()
+        for name, _, _, size in places:
+            digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
+        self.fingerprint = digest.hexdigest()[:16]
+        self._open = lru_cache(maxsize=64)(_Handle)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, i: int) -> bytes:
+        """The encoded image i; raises ``OSError`` when its file is gone or has become shorter."""
+        file, offset, size = self._places[i].tolist()
+        # A handle has one position, so each thread of each process has its own.
+        data = self._open(self._files[file], (os.getpid(), get_ident())).read(offset, size)
+        if len(data) != size:
+            raise OSError(f"{self.names[i]}: {size} bytes expected, {len(data)} there; the file changed since opening")
+        return data
+
+    def __getstate__(self) -> dict[str, object]:
+        return {key: value for key, value in self.__dict__.items() if key != "_open"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _open=lru_cache(maxsize=64)(_Handle))
+
+
+def open_source(path: str) -> ImageSource:
+    """The images at ``path``, indexed once.
+
+    path: a folder of images (searched to any depth), a folder of .tar shards, one .tar, a pattern of these
+    (``train-{0..2}.tar``, ``train-*.tar``), or several with commas between, which is their union.
+
+    Raises ``ValueError`` when something is not there, holds no images or cannot be read; warns when a shard is cut off.
+    """
+    images: dict[str, None] = {}
+    shards: dict[str, None] = {}
+    folders: list[str] = []
+    for found in _find(os.fspath(path)):
+        absolute = os.path.abspath(found)
+        if os.path.isdir(absolute):
+            inside, tars = _list_folder(Path(absolute))
+            images.update(dict.fromkeys(inside))
+            shards.update(dict.fromkeys(tars))
+            folders.append(absolute)
+        elif absolute.endswith(".tar"):
+            shards[absolute] = None
+            folders.append(os.path.dirname(absolute))
+        else:
+            raise ValueError(
+                f"{found} is neither a folder nor a .tar; give a folder of images or uncompressed .tar shards "
+                "(a compressed one cannot be read at random: gunzip it)"
+            )
+    root = os.path.commonpath(folders)
+    places = [(_name(file, root), file, 0, os.path.getsize(file)) for file in images]
+    for shard in shards:
+        places += [(f"{_name(shard, root)}/{member}", shard, at, size) for member, at, size in _index_tar(shard)]
+    if not places:
+        raise ValueError(f"no images in {path}: its shards hold no {' '.join(SHARD_SUFFIXES)}")
+    return ImageSource(places)
+
+
+def _find(path: str) -> list[str]:
+    """The existing files and folders that ``path`` stands for; a name that exists as it is is never a pattern."""
+    found: list[str] = []
+    path = os.path.expanduser(path)
+    # Commas inside braces belong to the braces.
+    for part in [path] if os.path.exists(path) else re.split(r",(?![^{}]*\})", path):
+        for pattern in [part] if os.path.exists(part.strip()) else _expand(part):
+            pattern = os.path.expanduser(pattern.strip())
+            matches = [pattern] if os.path.exists(pattern) else sorted(glob(pattern, recursive=True))
+            if not matches:
+                raise ValueError(
+                    f"there is nothing at {pattern!r} (from {path!r}); give a folder of images, .tar shards, a pattern "
+                    "like train-{0..2}.tar or train-*.tar, or several of these with commas between"
+                )
+            found += matches
+    return found
+
+
+def _expand(pattern: str) -> list[str]:
+    """``a{0..2}`` -> a0 a1 a2, ``a{00..02}`` -> a00 a01 a02, ``a{x,y}`` -> ax ay; anything else is left as it is."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, words = match.groups()
+    if words is None:
+        step = 1 if int(first) <= int(last) else -1
+        width = max(len(first), len(last)) if first.startswith("0") or last.startswith("0") else 0
+        choices = [str(n).zfill(width) for n in range(int(first), int(last) + step, step)]
+    else:
+        choices = words.split(",")
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [expanded for choice in choices for expanded in _expand(head + choice + tail)]
+
+
+def _list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """Images at any depth and .tar shards directly inside: one kind or the other."""
+    tars = [str(tar) for tar in folder.glob("*.tar")]
+    try:
+        images = [str(image) for image in find_images(folder)]
+    except ImageError:
+        images = []
+    if tars and images:
+        raise ValueError(
+            f"{folder} holds both {len(tars)} .tar and {len(images)} images; move one kind away, or name {folder}/*.tar"
+        )
+    if not tars and not images:
+        raise ValueError(f"{folder} holds no images, at any depth, and no .tar shards directly inside")
+    return images, tars
+
+
+def _name(file: str, root: str) -> str:
+    return Path(file).relative_to(root).as_posix()
+
+
+def _index_tar(path: str) -> list[tuple[str, int, int]]:
+    """Name, offset and size of every whole image in a tar.
+
+    Raises ``ValueError`` when the tar is broken and holds no whole image; warns when it is broken after some.
+    """
+    members: list[tuple[str, int, int]] = []
+    fault = ""
+    try:
+        end = os.path.getsize(path)
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            try:
+                for member in archive:
+                    name = member.name.removeprefix("./")
+                    # A name with a dot in front is a companion that macOS writes, not an image.
+                    wanted = name.lower().endswith(SHARD_SUFFIXES) and not os.path.basename(name).startswith(".")
+                    if wanted and member.isreg() and member.offset_data + member.size <= end:
+                        members.append((name, member.offset_data, member.size))
+            finally:
+                file.seek(archive.offset)
+                # tarfile ends in silence at a header it cannot read; a whole tar ends with a block of zeros.
+                if file.read(512) != bytes(512):
+                    fault = "it is cut off or broken before its end mark"
+    except (tarfile.TarError, OSError, ValueError) as error:
+        fault = str(error)
+    if fault and not members:
+        raise ValueError(f"cannot read {path} as a tar of images: {fault}; copy it again")
+    if fault:
+        warnings.warn(f"{path}: {fault}; its first {len(members)} images are used", stacklevel=3)
+    return members
+
+
+class Batch(NamedTuple):
+    """images: b 3 s s, uint8. skipped: names of images that could not be read; others took their place."""
+
+    images: Tensor
+    skipped: list[str]
+
+
+class _Batches(Dataset[Batch | ValueError]):
+    """Batch number -> batch. An error is returned, not raised: the loader would bury its message in a traceback."""
+
+    def __init__(
+        self, source: ImageSource, image_size: int, batch_size: int, seed: int, crop: tuple[float, float], flip: float
+    ) -> None:
+        self.source, self.image_size, self.batch_size = source, image_size, batch_size
+        self.seed, self.crop, self.flip = seed, crop, flip
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __getitem__(self, number: int) -> Batch | ValueError:
+        images = np.empty((self.batch_size, self.image_size, self.image_size, 3), dtype=np.uint8)
+        skipped: list[str] = []
+        try:
+            for row in range(self.batch_size):
+                images[row] = self._view(number * self.batch_size + row, skipped)
+        except ValueError as error:
+            return error
+        return Batch(rearrange(torch.from_numpy(images), "b h w c -> b c h w").contiguous(), skipped)
+
+    def _random(self, *words: int) -> np.random.Generator:
+        return np.random.default_rng((self.seed, *words))
+
+    def _index(self, sample: int) -> int:
+        """Which image sample j of the endless stream shows: every image once per epoch."""
+        epoch, place = divmod(sample, len(self.source))
+        if self._order[0] != epoch:
+            self._order = (epoch, self._random(_ORDER, epoch).permutation(len(self.source)))
+        return int(self._order[1][place])
+
+    def _view(self, sample: int, skipped: list[str]) -> np.ndarray:
+        """h w 3, uint8: a random crop of sample j, or of another image when that one is broken."""
+        index = self._index(sample)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                picture = _decode(self.source.read(index), self.image_size, self.crop[0])
+            except (ImageError, OSError) as error:
+                skipped.append(self.source.names[index])
+                reason = error
+                index = int(self._random(_REPLACE, sample, attempt).integers(len(self.source)))
+                continue
+            random = self._random(_VIEW, sample)
+            box = random_box(random, *picture.size, self.crop)
+            view = np.asarray(picture.resize((self.image_size,) * 2, Image.Resampling.BICUBIC, box=box))
+            return view[:, ::-1] if random.random() < self.flip else view
+        raise ValueError(
+            f"{ATTEMPTS} images in a row cannot be read, the last {skipped[-1]} ({reason}); "
+            "the data are broken: check the disk and copy them again"
+        )
+
+
+class TrainBatches(Iterator[Batch]):
+    """An endless stream of random-resized, randomly flipped batches. ``position`` is the number of the next one.
+
+    source: the images. image_size: s, in pixels. batch_size: b. seed: 0 or more. start: the first batch number.
+    crop, flip, workers: see ``DataConfig``; the crop's aspect ratio is 3/4 to 4/3.
+
+    To resume, save ``position`` and ``source.fingerprint``, and pass the one as ``start`` when the other is the same.
+    ``close`` (or a ``with`` block) ends the workers; a later ``next`` starts new ones at ``position``.
+    Raises ``ValueError`` for options out of range, and from ``next`` when 10 images in a row cannot be read.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        *,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        crop: tuple[float, float] = DataConfig.crop,
+        flip: float = DataConfig.flip,
+        workers: int = DataConfig.workers,
+        start: int = 0,
+    ) -> None:
+        _check_views(crop, flip, workers)
+        for name, value, least in (("image_size", image_size, 1), ("batch_size", batch_size, 1)):
+            _check_whole(name, value, least)
+        for name, value in (("seed", seed), ("start", start)):
+            _check_whole(name, value, 0)
+        self.workers, self.position = workers, start
+        self._batches = _Batches(source, image_size, batch_size, seed, crop, flip)
+        self._running: Any = None  # the iterator of a loader, while there is one
+
+    def __next__(self) -> Batch:
+        if self._running is None:
+            with _hold_interrupts():
+                self._running = iter(self._loader())
+        batch = next(self._running)
+        if isinstance(batch, ValueError):
+            self.close()
+            raise batch
+        self.position += 1
+        return batch
+
+    def _loader(self) -> DataLoader[Batch | ValueError]:
+        return DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=range(self.position, sys.maxsize),
+            num_workers=self.workers,
+            prefetch_factor=4 if self.workers else None,
+            collate_fn=_as_is,
+            worker_init_fn=_init_worker,
+            # A loader draws a seed when it starts; from its own generator, so that the model's draws do not shift.
+            generator=torch.Generator(),
+        )
+
+    def close(self) -> None:
+        """Ends the worker processes now."""
+        running, self._running = self._running, None
+        if running is not None and self.workers:
+            # The loader has no public way to stop; waiting for its last reference fails while a traceback holds one.
+            running._shutdown_workers()
+
+    def __enter__(self) -> TrainBatches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def val_batches(source: ImageSource, image_size: int, count: int, batch_size: int) -> Iterator[Tensor]:
+    """``count`` images evenly spaced over the source, always the same ones: b 3 s s, uint8, the last batch smaller.
+
+    Each has its shorter side resized to ``image_size`` (bicubic, antialiased) and its centre cropped. A broken image is
+    left out with a warning. Raises ``ValueError`` for options out of range, and when no image can be read.
+    """
+    for name, value in (("image_size", image_size), ("count", count), ("batch_size", batch_size)):
+        _check_whole(name, value, 1)
+    return _val_batches(source, image_size, min(count, len(source)), batch_size)
+
+
+def _val_batches(source: ImageSource, size: int, count: int, batch_size: int) -> Iterator[Tensor]:
+    views: list[np.ndarray] = []
+    readable = 0
+    for k in range(count):
+        index = k * len(source) // count
+        try:
+            views.append(_centre(_decode(source.read(index)), size))
+        except (ImageError, OSError) as error:
+            warnings.warn(f"left out of validation: {source.names[index]}: {error}", stacklevel=2)
+        else:
+            readable += 1
+        if views and (len(views) == batch_size or k == count - 1):
+            yield rearrange(torch.from_numpy(np.stack(views)), "b h w c -> b c h w").contiguous()
+            views = []
+    if not readable:
+        raise ValueError(f"none of {count} validation images can be read; the data are broken: copy them again")
+
+
+def random_box(
+    random: np.random.Generator, width: int, height: int, area: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a random crop, drawn as torchvision's ``RandomResizedCrop.get_params`` does.
+
+    The area is uniform in ``area`` times the image's, the log of the aspect ratio uniform from 3/4 to 4/3; after ten
+    draws that do not fit, the largest centred box whose aspect ratio is allowed.
+    """
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    for _ in range(10):
+        target = width * height * random.uniform(*area)
+        aspect = math.exp(random.uniform(low, high))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(random.integers(width - w + 1)), int(random.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _decode(data: bytes, image_size: int = 0, smallest: float = 1.0) -> Image.Image:
+    """RGB, upright. With an ``image_size``, a JPEG much larger than that is decoded at 1/2, 1/4 or 1/8 of its size.
+
+    smallest: the least part of the area that a crop may keep. Raises ``ImageError``.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data))
+        # The short side of the smallest crop. Twice the pixels needed remain, so that bicubic still has the last word.
+        short = min(*picture.size, math.sqrt(smallest * picture.width * picture.height * 3 / 4))
+        if image_size and short > 4 * image_size:
+            scale = 2 * image_size / short
+            picture.draft(None, (math.ceil(picture.width * scale), math.ceil(picture.height * scale)))
+        return to_pil(load_image(picture))
+    except ImageError:
+        raise
+    except Exception as error:  # on broken bytes PIL's readers raise OSError, SyntaxError, struct.error and more
+        raise ImageError(f"cannot decode the image: {error}") from error
+
+
+def _centre(picture: Image.Image, size: int) -> np.ndarray:
+    """h w 3, uint8: the shorter side resized to ``size``, the centre kept."""
+    short = min(picture.size)
+    width, height = (max(size, round(side * size / short)) for side in picture.size)
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (height - size) // 2, (width - size) // 2
+    return resized[top : top + size, left : left + size]
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+@contextmanager
+def _hold_interrupts() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block; workers forked inside never see it, not even while they start."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _init_worker(_: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the training process ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _check_whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} is a whole number, {least} or more; got {value!r}")
+
+
+def _check_views(crop: tuple[float, float], flip: float, workers: int) -> None:
+    if len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1:
+        raise ValueError(f"crop is the range of the crop's area, 0 < low <= high <= 1; got {crop!r}")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip is a chance from 0 to 1, got {flip!r}")
+    _check_whole("workers", workers, 0)

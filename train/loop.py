@@ -1,0 +1,410 @@
+"""The training loop: a recipe becomes a tokenizer, and a killed run goes on exactly where it was.
+
+A run folder holds ``recipe.toml`` (resolved), ``checkpoint.pt`` (everything needed to go on), ``tokenizer.safetensors``
+(the averaged weights, ready for ``tv.load``), ``log.jsonl``, ``samples/*.png`` and TensorBoard's events.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tokenizers_vis.config import ConfigError, build, read_toml, to_toml
+from tokenizers_vis.encoders.base import powers_of_two
+from tokenizers_vis.eval.metrics import CodebookUsage, psnr
+from tokenizers_vis.files import write_atomically
+from tokenizers_vis.presets import best_device, load
+from tokenizers_vis.tokenizer import Tokenizer
+from tokenizers_vis.train.data import DataConfig, TrainBatches, open_source, val_batches
+from tokenizers_vis.train.losses import LossConfig, LossSum
+from tokenizers_vis.train.optim import Average, OptimConfig, adamw, learning_rate
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """Parts taken from a trained tokenizer, a preset, file or run folder. ``freeze`` keeps them as they are."""
+
+    tokenizer: str = ""
+    parts: tuple[Literal["encoder", "quantizer", "decoder"], ...] = ()
+    freeze: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.tokenizer) != bool(self.parts):
+            raise ValueError("tokenizer and parts come together: which trained tokenizer, and which of its parts")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """In optimiser steps: how often to log, to validate, and to write a checkpoint."""
+
+    every: int = 20
+    val_every: int = 500
+    save_every: int = 250
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.val_every, self.save_every) < 1:
+            raise ValueError("every, val_every and save_every are at least 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run. ``tokenizer`` is a preset's table: canvas, encoder, quantizer, decoder."""
+
+    name: str
+    tokenizer: dict[str, Any]
+    optim: OptimConfig
+    data: DataConfig
+    init: InitConfig = field(default_factory=InitConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    seed: int = 0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    device: str = ""
+
+
+class RunError(ValueError):
+    """A run folder that cannot be started or gone on with."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a call of ``fit`` ended: ``step`` optimiser steps done, ``finished`` or stopped on request."""
+
+    folder: Path
+    step: int
+    finished: bool
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """The table of a recipe: the name of one that ships with the library, or a path. Raises ``ConfigError``."""
+    path = Path(name)
+    if path.suffix != ".toml":
+        path = Path(__file__).parent / "recipes" / f"{name}.toml"
+        if not path.is_file():
+            raise ConfigError(
+                f"there is no recipe {str(name)!r}. Recipes: {', '.join(list_recipes())}; or give a .toml file"
+            )
+    return read_toml(path)
+
+
+def list_recipes() -> list[str]:
+    """The names of the recipes that ship with the library."""
+    return sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.toml"))
+
+
+def fit(table: Mapping[str, Any], folder: str | Path) -> Outcome:
+    """Trains what the recipe ``table`` says, in a new run folder. Raises ``ConfigError``, ``RunError``, ``ValueError``.
+
+    Ctrl-C or SIGTERM finishes the step at hand, writes a checkpoint and returns.
+    """
+    config = build(TrainConfig, table)
+    folder = Path(folder)
+    if (folder / "checkpoint.pt").exists():
+        raise RunError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out")
+    run = Run(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "recipe.toml", to_toml(dataclasses.asdict(config)).encode())
+    return run.train()
+
+
+def resume(folder: str | Path) -> Outcome:
+    """Goes on with the run in ``folder``: the same losses, to the bit on a CPU, as if it had never stopped."""
+    folder = Path(folder)
+    if not (folder / "checkpoint.pt").is_file():
+        raise RunError(f"{folder} holds no checkpoint.pt to go on from; start a run with --out {folder}")
+    run = Run(build(TrainConfig, read_toml(folder / "recipe.toml")), folder)
+    run.read_checkpoint()
+    return run.train()
+
+
+class Run:
+    """The state of one run and its loop."""
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.device = torch.device(config.device) if config.device else best_device()
+        if not config.data.train:
+            raise ConfigError("data.train is empty: say where the images are (--data PATH)")
+        self.source = open_source(config.data.train)
+        torch.manual_seed(config.seed)
+        self.tokenizer = untrained(config).to(self.device)
+        self.losses = LossSum(config.loss, self.device)
+        self.optimizer = adamw(self.tokenizer, config.optim)
+        self.average = Average(self.tokenizer, config.optim.ema)
+        self.usage = CodebookUsage(self.tokenizer.codebook_sizes)
+        self.step = 0
+        self.skipped = 0
+
+    # The loop
+
+    def train(self) -> Outcome:
+        optim, log = self.config.optim, self.config.log
+        data = self.config.data
+        batches = TrainBatches(
+            self.source,
+            image_size=self.tokenizer.image_size,
+            batch_size=optim.batch_size,
+            seed=self.config.seed,
+            crop=data.crop,
+            flip=data.flip,
+            workers=data.workers,
+            start=self.step,
+        )
+        self.set_modes()
+        with (
+            Journal(self.folder, self.step, optim.steps, optim.batch_size) as journal,
+            batches,
+            stop_on_signal() as stop,
+        ):
+            while self.step < optim.steps and not stop.is_set():
+                images, skipped = next(batches)
+                for name in skipped:
+                    self.skipped += 1
+                    journal.say(f"skipped a corrupt image: {name} ({self.skipped} so far)")
+                scalars = self.train_step(images.to(self.device, non_blocking=True).float() / 255)
+                journal.step(self.step, scalars, write=self.step % log.every == 0 or self.step == optim.steps)
+                if data.val and (self.step % log.val_every == 0 or self.step == optim.steps):
+                    self.validate(journal)
+                if self.step % log.save_every == 0 or self.step == optim.steps:
+                    self.write_checkpoint()
+            if self.step % log.save_every and self.step < optim.steps:
+                self.write_checkpoint()
+        return Outcome(self.folder, self.step, self.step >= optim.steps)
+
+    def train_step(self, images: Tensor) -> dict[str, float]:
+        """One optimiser step. images: b 3 h w in [0, 1]. Returns what the log holds of it."""
+        lr = learning_rate(self.config.optim, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            done = self.tokenizer.training_pass(images)
+        losses = self.losses(done, images, self.tokenizer.canvas.paint)
+        if not torch.isfinite(losses.total):
+            raise RunError(
+                f"the loss is {losses.total.item()} at step {self.step}; "
+                f"the last checkpoint in {self.folder} is good. Try a lower optim.lr or a longer optim.warmup"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, self.config.optim.clip or math.inf)
+        self.optimizer.step()
+        self.average.update(self.tokenizer, self.step)
+        self.step += 1
+        parts = {key: value.item() for key, value in losses.parts.items()}
+        return {"loss": losses.total.item(), **parts, "gradient_norm": norm.item(), "lr": lr}
+
+    def set_modes(self) -> None:
+        self.tokenizer.train()
+        if self.config.init.freeze:
+            for part in self.config.init.parts:
+                getattr(self.tokenizer, part).eval()
+
+    # Validation
+
+    @torch.no_grad()
+    def validate(self, journal: Journal) -> None:
+        """PSNR (and the perceptual distance) of the averaged weights at each length, codebook use, and a picture."""
+        model, config = self.average.model, self.config
+        lengths = powers_of_two(model.max_tokens) if model.nested else [model.max_tokens]
+        if len(lengths) > 4 and not model.decoder.one_pass:
+            # Each length is a whole sampling run.
+            lengths = lengths[2::2] if lengths[-1] in lengths[2::2] else [*lengths[2::2], lengths[-1]]
+        sums: dict[str, float] = {}
+        count, first = 0, None
+        usage = CodebookUsage(model.codebook_sizes)
+        batches = val_batches(open_source(config.data.val), model.image_size, config.data.val_images, 64)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            for batch in batches:
+                images = batch.to(self.device).float() / 255
+                tokens = model.encode(images, batch_size=64)
+                usage.update(tokens.ids)
+                count += len(images)
+                for n in lengths:
+                    pictures = model.decode(tokens[:, :n], batch_size=64)
+                    scores = {f"psnr@{n}": psnr(pictures, images)}
+                    if self.losses.distance is not None:
+                        with torch.autocast(self.device.type, enabled=False):
+                            scores[f"perceptual@{n}"] = self.losses.distance(pictures, images)
+                    for key, value in scores.items():
+                        sums[key] = sums.get(key, 0.0) + value.sum().item()
+                first = images[:8].cpu() if first is None else first
+        scalars = {key: value / count for key, value in sums.items()}
+        for k, used in enumerate(usage.compute()):
+            scalars[f"codebook_use/{k}"] = used.used
+        journal.validation(self.step, scalars, self.sample_sheet(first, lengths))
+
+    def sample_sheet(self, images: Tensor, lengths: list[int]) -> Any:
+        from tokenizers_vis.pictures import contact_sheet
+
+        model = self.average.model
+        tokens = model.encode(images)
+        columns = [model.decode(tokens[:, :n]).cpu() for n in lengths]
+        rows = [[*(column[i] for column in columns), images[i]] for i in range(len(images))]
+        return contact_sheet(rows, columns=[*(f"{n} tokens" for n in lengths), "original"])
+
+    # Checkpoints
+
+    def write_checkpoint(self) -> None:
+        state = {
+            "step": self.step,
+            "skipped": self.skipped,
+            "data": self.source.fingerprint,
+            "model": self.tokenizer.state_dict(),
+            "average": self.average.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+        self.average.model.save(self.folder / "tokenizer.safetensors")
+
+    def read_checkpoint(self) -> None:
+        file = self.folder / "checkpoint.pt"
+        try:
+            state = torch.load(file, map_location=self.device, weights_only=True)
+        except Exception as error:
+            raise RunError(f"{file} cannot be read: {error}") from error
+        if state["data"] != self.source.fingerprint:
+            raise RunError(f"{self.config.data.train} does not hold the images that this run was started on")
+        self.tokenizer.load_state_dict(state["model"])
+        self.average.model.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.skipped = state["step"], state["skipped"]
+        torch.set_rng_state(state["rng"].cpu())
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+
+
+def untrained(config: TrainConfig) -> Tokenizer:
+    """The tokenizer of a recipe, with the parts that ``init`` names taken from a trained one."""
+    table = {"name": config.name, **config.tokenizer}
+    init = config.init
+    if not init.tokenizer:
+        return Tokenizer.from_config(table)
+    source = load(init.tokenizer, device="cpu")
+    for part in ("canvas", *init.parts):
+        if table.setdefault(part, source.config[part]) != source.config[part]:
+            raise ConfigError(f"tokenizer.{part} differs from that of {init.tokenizer}, which init takes; leave it out")
+    tokenizer = Tokenizer.from_config(table)
+    for part in init.parts:
+        getattr(tokenizer, part).load_state_dict(getattr(source, part).state_dict())
+        getattr(tokenizer, part).requires_grad_(not init.freeze)
+    return tokenizer
+
+
+class Journal:
+    """What a run says of itself: a progress bar, ``log.jsonl``, TensorBoard, sample sheets."""
+
+    def __init__(self, folder: Path, start: int, steps: int, batch_size: int) -> None:
+        self.folder, self.start, self.steps, self.batch_size = folder, start, steps, batch_size
+
+    def __enter__(self) -> Journal:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from torch.utils.tensorboard import SummaryWriter
+
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        self.console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        self.progress = Progress(
+            *columns, console=self.console, disable=not self.console.is_terminal, speed_estimate_period=120
+        )
+        self.task = self.progress.add_task("training", total=self.steps, completed=self.start, speed="")
+        self.progress.start()
+        self.lines = self.folder / "log.jsonl"
+        self._forget_after(self.start)
+        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.start)
+        self.began = time.monotonic()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+        self.board.close()
+
+    def say(self, text: str) -> None:
+        self.progress.console.print(text, markup=False, highlight=False)
+
+    def step(self, step: int, scalars: dict[str, float], *, write: bool) -> None:
+        speed = (step - self.start) * self.batch_size / (time.monotonic() - self.began)
+        self.progress.update(
+            self.task, completed=step, description=f"loss {scalars['loss']:.4f}", speed=f"{speed:.0f} images/s"
+        )
+        if write:
+            self._write(step, "train", scalars)
+            if self.progress.disable:
+                left = (self.steps - step) * self.batch_size / speed
+                self.say(
+                    f"step {step}/{self.steps}  loss {scalars['loss']:.4f}  "
+                    f"{speed:.0f} images/s  {left / 60:.0f} min left"
+                )
+
+    def validation(self, step: int, scalars: dict[str, float], sheet: Any) -> None:
+        self._write(step, "val", scalars)
+        write_atomically(self.folder / "samples" / f"{step:07d}.png", lambda path: sheet.save(path, format="PNG"))
+        self.board.add_image("val/samples", _pixels(sheet), step)
+        self.say(f"step {step} validation  " + "  ".join(f"{key} {value:.3f}" for key, value in scalars.items()))
+
+    def _write(self, step: int, kind: str, scalars: dict[str, float]) -> None:
+        for key, value in scalars.items():
+            self.board.add_scalar(f"{kind}/{key}", value, step)
+        with self.lines.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **scalars}) + "\n")
+
+    def _forget_after(self, step: int) -> None:
+        """Drops the lines past the checkpoint, which will be written again, and one that a kill cut short."""
+        if not self.lines.exists():
+            return
+        kept = []
+        for line in self.lines.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                continue
+        write_atomically(self.lines, "".join(kept).encode())
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second one interrupts at once. Only the main thread can listen."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, _frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pixels(sheet: Any) -> Tensor:
+    from tokenizers_vis.images import load_image
+
+    return load_image(sheet)
