@@ -7,6 +7,7 @@ Predicting the clean picture instead of the velocity suits big patches: Li and H
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,7 @@ from tokenizers_vis.decoders.transformer import (
     modulate,
     patchify,
     prefix_mask,
+    scattered,
     sincos_2d,
     time_features,
     unpatchify,
@@ -74,7 +76,7 @@ class FlowDecoder(Decoder):
         self.time_mean, self.time_std = time_mean, time_std
         self.defaults = dict(steps=steps, guidance=guidance, guidance_kind=guidance_kind, solver=solver)
         self.read_codes = nn.Linear(dim, width)
-        self.token_positions = learned(max_tokens, width)
+        self.token_positions = scattered(max_tokens, self.grid, width)
         self.null_token = learned(1, width)
         self.read_patches = nn.Linear(patch * patch * channels, width)
         self.register_buffer("positions", sincos_2d(self.grid, self.grid, width), persistent=False)
@@ -115,8 +117,10 @@ class FlowDecoder(Decoder):
         if unknown:
             raise ValueError(f"a flow decoder has no option {', '.join(unknown)}; it takes steps, guidance, "
                              f"guidance_kind, solver, generator and noise")  # fmt: skip
-        if not isinstance(steps, int) or steps < 1:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"steps is a whole number from 1, got {steps!r}")
+        if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
+            raise ValueError(f"guidance is a number (1 is none), got {guidance!r}")
         if guidance_kind not in ("cfg", "apg") or solver not in ("euler", "heun"):
             raise ValueError(
                 f"guidance_kind is 'cfg' or 'apg', solver is 'euler' or 'heun'; got {guidance_kind!r}, {solver!r}"
@@ -145,6 +149,7 @@ class FlowDecoder(Decoder):
 
     def loss(self, codes: Tensor, target: Tensor, lengths: Tensor | None = None) -> DecoderLoss:
         """Mean squared error of the velocity, at a random time per image."""
+        self.check_codes(codes)
         target = target.float()
         t = logit_normal(len(target), self.time_mean, self.time_std, target.device).clamp_min(1e-3)
         noise = torch.randn_like(target)

@@ -111,6 +111,10 @@ class Transformer(nn.Module):
         for block in self.blocks:
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation.weight)
+            # Queries and keys start equal, so that things at like positions attend to each other from the first step and
+            # the mean colour is soon left. Trockman and Kolter 2023, arXiv 2305.09828.
+            weight = block.attention.qkv.weight.data
+            weight[width : 2 * width] = weight[:width]
             # Keeps the residual stream's variance from growing with depth (GPT-2).
             for layer in (block.attention.out, block.mlp.down):
                 layer.weight.data.mul_((2 * depth) ** -0.5)
@@ -142,14 +146,29 @@ def learned(*shape: int, std: float = 0.5) -> nn.Parameter:
     return nn.Parameter(torch.randn(*shape) * std)
 
 
-def sincos_2d(height: int, width: int, dim: int) -> Tensor:
-    """Fixed position vectors (h w) d: the first half of the channels tells the row, the second half the column."""
+def sincos(places: Tensor, dim: int) -> Tensor:
+    """Position vectors n d of places n 2 (row, column): half of the channels tells the row, half the column."""
     if dim % 4:
         raise ValueError(f"2D sine-cosine positions need a width that is a multiple of 4, got {dim}")
     rate = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    angles = [position.flatten()[:, None] * rate for position in (rows, columns)]
+    angles = [position[:, None] * rate for position in places.double().unbind(dim=1)]
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
+
+
+def sincos_2d(height: int, width: int, dim: int) -> Tensor:
+    """Fixed position vectors (h w) d of a grid."""
+    return sincos(torch.cartesian_prod(torch.arange(height), torch.arange(width)), dim)
+
+
+def scattered(n: int, grid: int, dim: int) -> nn.Parameter:
+    """A learned table n d that starts as positions scattered over a square grid, each prefix evenly.
+
+    Latent tokens that begin at places of their own find what to hold. The places are Roberts' R2 sequence (2018),
+    a two-dimensional golden ratio.
+    """
+    ratio = torch.tensor([0.7548776662466927, 0.5698402909980532], dtype=torch.float64)
+    places = (torch.arange(n)[:, None] + 0.5) * ratio % 1 * grid - 0.5
+    return nn.Parameter(sincos(places, dim) + 0.1 * torch.randn(n, dim))
 
 
 def time_features(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:

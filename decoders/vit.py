@@ -18,6 +18,7 @@ from tokenizers_vis.decoders.transformer import (
     init_linear,
     learned,
     prefix_mask,
+    scattered,
     sincos_2d,
     unpatchify,
 )
@@ -50,7 +51,7 @@ class ViTDecoder(Decoder):
         self.dim, self.max_tokens, self.patch, self.grid = dim, max_tokens, patch, size // patch
         self.objective = {"l1": F.l1_loss, "l2": F.mse_loss}[objective]
         self.read_codes = nn.Linear(dim, width)
-        self.token_positions = learned(max_tokens, width)
+        self.token_positions = scattered(max_tokens, self.grid, width)
         self.mask_token = learned(1, width)
         self.register_buffer("positions", sincos_2d(self.grid, self.grid, width), persistent=False)
         self.transformer = Transformer(width, depth, heads, mlp=mlp, mlp_ratio=mlp_ratio, qk_norm=qk_norm)
@@ -59,7 +60,9 @@ class ViTDecoder(Decoder):
         # Sees over the patches' borders, which a linear layer per patch leaves visible.
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
         self.read_codes.apply(init_linear)
-        self.to_patches.apply(init_linear)
+        # Small, so that the first steps are not spent on unlearning noise.
+        nn.init.trunc_normal_(self.to_patches.weight, std=0.1 * width**-0.5)
+        nn.init.zeros_(self.to_patches.bias)
         nn.init.dirac_(self.smooth.weight)
         nn.init.zeros_(self.smooth.bias)
 

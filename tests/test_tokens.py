@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokenizers_vis.files import write_atomically
-from tokenizers_vis.tokens import TokenFileError, Tokens
+from tokenizers_vis.token_file import TokenFileError
+from tokenizers_vis.tokens import Tokens
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

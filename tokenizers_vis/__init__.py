@@ -16,8 +16,8 @@ if _TYPE_CHECKING:
     from tokenizers_vis.catalogue import list_presets as list_presets
     from tokenizers_vis.images import to_pil as to_pil
     from tokenizers_vis.presets import load as load
+    from tokenizers_vis.token_file import TokenFileError as TokenFileError
     from tokenizers_vis.tokenizer import Tokenizer as Tokenizer
-    from tokenizers_vis.tokens import TokenFileError as TokenFileError
     from tokenizers_vis.tokens import Tokens as Tokens
 
 # Public name -> the module that defines it. Each is imported when first asked for, so that the import itself is quick.
@@ -26,7 +26,7 @@ _HOME = {
     "list_presets": "catalogue",
     "Tokenizer": "tokenizer",
     "Tokens": "tokens",
-    "TokenFileError": "tokens",
+    "TokenFileError": "token_file",
     "to_pil": "images",
 }
 __all__ = sorted(_HOME)

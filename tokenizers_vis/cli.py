@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,9 +28,11 @@ Name = Annotated[str, typer.Option("--tokenizer", "-t", help="A preset, a checkp
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...; the best at hand when not given.")]
 Resize = Annotated[str | None, typer.Option(help="crop, pad or exact; the tokenizer's own when not given.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
-Steps = Annotated[int | None, typer.Option(help="Sampling steps of a flow decoder.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps of a flow decoder.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale of a flow decoder; 1 is none.")]
-Seed = Annotated[int | None, typer.Option(help="Of a flow decoder's noise; one fixed noise when not given.")]
+Seed = Annotated[
+    int | None, typer.Option(min=0, max=2**63 - 1, help="Of a flow decoder's noise; one fixed noise when not given.")
+]
 
 
 class Failure(Exception):
@@ -49,7 +53,7 @@ def encode(
     from tokenizers_vis.images import ImageError, load_image
 
     images = _find(inputs, None)
-    targets = _targets(images, out, ".tok")
+    targets = _targets(images, out, ".tok", (".tok",))
     tok = _load(tokenizer, device)
     failed: list[str] = []
     batch: list[tuple[Any, Path]] = []
@@ -72,13 +76,11 @@ def encode(
             if len(batch) == batch_size:
                 write()
         write()
-    done = len(images) - len(failed)
-    size = -(-tok.bits_per_token * (n_tokens or tok.max_tokens) // 8)
-    where = targets[0] if len(targets) == 1 else f"{out or 'their folders'}"
-    _end(
-        f"encoded {done} images with {tok.name}, {n_tokens or tok.max_tokens} tokens = {size} bytes each, into {where}",
-        failed,
-    )
+    done = _count(len(images) - len(failed), "image")
+    n = n_tokens or tok.max_tokens
+    each = f"{_count(n, 'token')} = {_count(_size(tok, n), 'byte')} each"
+    where = targets[0] if len(targets) == 1 else out or "their folders"
+    _end(f"encoded {done} with {tok.name}, {each}, into {where}", failed)
 
 
 @app.command()
@@ -96,32 +98,45 @@ def decode(
 ) -> None:
     """Decode .tok files into PNG pictures, each beside its file or in --out."""
     from tokenizers_vis.files import write_atomically
-    from tokenizers_vis.images import to_pil
-    from tokenizers_vis.tokens import TokenFileError, Tokens
+    from tokenizers_vis.images import SUFFIXES, to_pil
+    from tokenizers_vis.token_file import TokenFileError
+    from tokenizers_vis.tokens import Tokens
 
     files = _find(inputs, ".tok")
-    targets = _targets(files, out, ".png")
+    targets = _targets(files, out, ".png", SUFFIXES)
     failed: list[str] = []
     loaded: dict[str, Tokenizer] = {}
-    with _progress() as progress:
-        for (file, _), target in progress.track(list(zip(files, targets, strict=True)), description="decoding"):
+    work: list[tuple[Tokens, list[Path]]] = []
+    # Every file is read and checked before the first picture is written.
+    for (file, _), target in zip(files, targets, strict=True):
+        try:
+            tokens = Tokens.load(file)
+        except TokenFileError as error:
+            failed.append(str(error))
+            typer.echo(f"skipped: {error}", err=True)
+            continue
+        name = tokenizer or tokens.tokenizer
+        if name not in loaded:
             try:
-                tokens = Tokens.load(file)
-            except (TokenFileError, OSError) as error:
-                failed.append(str(error))
-                progress.console.print(f"skipped: {error}", markup=False, highlight=False, soft_wrap=True)
-                continue
-            name = tokenizer or tokens.tokenizer
-            if name not in loaded:
                 loaded[name] = _load(name, device)
-            tokens = tokens if n_tokens is None else _prefix(tokens, n_tokens)
-            pictures = loaded[name].decode(tokens, **_sampling(steps, guidance, seed))
-            for i, picture in enumerate(to_pil(pictures)):
-                path = target if len(tokens) == 1 else target.with_stem(f"{target.stem}-{i}")
+            except ValueError as error:
+                hint = "" if tokenizer else f"; {file} names it: if it lies elsewhere, say where with --tokenizer"
+                raise Failure(f"{error}{hint}") from error
+        tokens = tokens if n_tokens is None else _prefix(tokens, n_tokens)
+        many = [target.with_stem(f"{target.stem}-{i}") for i in range(len(tokens))]
+        work.append((tokens, [target] if len(tokens) == 1 else many))
+    pictures_to = [path for _, paths in work for path in paths]
+    _refuse_doubles(pictures_to)
+    if out is None and (there := [path for path in pictures_to if path.exists()]):
+        raise Failure(f"{there[0]} is there already, maybe the original: say with --out where the pictures go")
+    with _progress() as progress:
+        for tokens, paths in progress.track(work, description="decoding"):
+            pictures = loaded[tokenizer or tokens.tokenizer].decode(tokens, **_sampling(steps, guidance, seed))
+            for path, picture in zip(paths, to_pil(pictures), strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, picture.save)
-    where = targets[0] if len(targets) == 1 else f"{out or 'their folders'}"
-    _end(f"decoded {len(files) - len(failed)} files into {where}", failed)
+    where = targets[0] if len(targets) == 1 else out or "their folders"
+    _end(f"decoded {_count(len(work), 'file')} into {where}", failed)
 
 
 @app.command()
@@ -140,17 +155,19 @@ def reconstruct(
 ) -> None:
     """Encode and decode images, and draw originals and reconstructions side by side in one picture."""
     from tokenizers_vis.files import write_atomically
+    from tokenizers_vis.images import SUFFIXES
 
+    if out.suffix.lower() not in SUFFIXES or out.is_dir():
+        raise Failure(f"--out is the picture to write, such as reconstruction.png; got {out}")
     images = [path for path, _ in _find(inputs, None)]
     tok = _load(tokenizer, device)
     lengths = n_tokens or [tok.max_tokens]
-    sheet, scores = _sheet(tok, images, lengths, resize, _sampling(steps, guidance, seed))
+    sheet, scores = _sheet(tok, images, lengths, resize, steps, guidance, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, sheet.save)
+    over = _count(len(images), "image")
     for n, score in zip(lengths, scores, strict=True):
-        typer.echo(
-            f"{n} tokens, {-(-n * tok.bits_per_token // 8)} bytes: PSNR {score:.2f} dB over {len(images)} images"
-        )
+        typer.echo(f"{_count(n, 'token')}, {_count(_size(tok, n), 'byte')}: PSNR {score:.2f} dB over {over}")
     typer.echo(f"wrote {out}")
 
 
@@ -202,32 +219,32 @@ def train(
     list_recipes: Annotated[bool, typer.Option("--list", help="List the recipes that ship with the library.")] = False,
 ) -> None:
     """Train a tokenizer from a recipe. Ctrl-C writes a checkpoint and stops; --resume goes on exactly."""
-    try:
-        from tokenizers_vis.train import loop
-    except ModuleNotFoundError as error:
-        raise Failure(f"training needs {error.name}: pip install 'tokenizers-vis[train]'") from error
     from tokenizers_vis.config import override
+    from tokenizers_vis.train import loop
 
     if list_recipes:
         typer.echo("\n".join(loop.list_recipes()))
         return
-    if resume:
-        if recipe or overrides or data or out:
-            raise Failure("a resumed run goes on with its own recipe and data: give --resume alone")
-        outcome = loop.resume(resume)
-    elif recipe:
-        table = override(loop.read_recipe(recipe), overrides or [])
-        if data:
-            table = override(table, [f'data.train="{data}"'])
-        outcome = loop.fit(table, out or Path("runs") / str(table.get("name", "run")))
-    else:
+    if resume and (recipe or overrides or data or out):
+        raise Failure("a resumed run goes on with its own recipe and data: give --resume alone")
+    if not (resume or recipe):
         raise Failure("give a recipe (see --list), or --resume RUN")
+    try:
+        if resume:
+            outcome = loop.resume(resume)
+        else:
+            table = override(loop.read_recipe(recipe), overrides or [])
+            if data:
+                # A JSON text is a TOML text, whatever quotes and backslashes are in it.
+                table = override(table, [f"data.train={json.dumps(data, ensure_ascii=False)}"])
+            outcome = loop.fit(table, out or Path("runs") / str(table.get("name", "run")))
+    except ModuleNotFoundError as error:
+        raise Failure(f"training needs {error.name}: pip install 'tokenizers-vis[train]'") from error
     if outcome.finished:
         typer.echo(f"trained {outcome.step} steps; the tokenizer is {outcome.folder / 'tokenizer.safetensors'}")
     else:
-        typer.echo(
-            f"stopped after step {outcome.step}; go on with: tokenizers-vis train --resume {outcome.folder}", err=True
-        )
+        command = shlex.join(["tokenizers-vis", "train", "--resume", str(outcome.folder)])
+        typer.echo(f"stopped after step {outcome.step}; go on with: {command}", err=True)
         raise typer.Exit(130)
 
 
@@ -244,10 +261,10 @@ def demo(out: Annotated[Path, typer.Option("--out", "-o", help="The folder to wr
     for photo, tokens in zip(photos, tok.encode(list(photos)), strict=True):
         for n in lengths:
             tokens[:, :n].save(out / f"{photo.stem}-{n}.tok")
-    sheet, scores = _sheet(tok, photos, lengths, None, {})
+    sheet, scores = _sheet(tok, photos, lengths)
     write_atomically(out / "demo.png", sheet.save)
     for n, score in zip(lengths, scores, strict=True):
-        typer.echo(f"{n:3} tokens, {-(-n * tok.bits_per_token // 8):3} bytes: PSNR {score:.2f} dB")
+        typer.echo(f"{n:3} tokens, {_size(tok, n):3} bytes: PSNR {score:.2f} dB")
     typer.echo(f"wrote {len(photos) * len(lengths)} .tok files and the picture {out / 'demo.png'}")
 
 
@@ -260,11 +277,6 @@ def main(arguments: list[str] | None = None) -> None:
     warnings.showwarning = lambda message, *_, **__: typer.echo(f"warning: {message}", err=True)
     try:
         app(args=[word for word in given if word != "--debug"], prog_name="tokenizers-vis")
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        typer.echo("interrupted", err=True)
-        sys.exit(130)
     except (Failure, ValueError, OSError) as error:
         if debug:
             raise
@@ -303,17 +315,25 @@ def _find(inputs: list[Path], suffix: str | None) -> list[tuple[Path, Path]]:
     return found
 
 
-def _targets(found: list[tuple[Path, Path]], out: Path | None, suffix: str) -> list[Path]:
-    """Where each result goes. Refuses two results at one place before anything is written."""
-    if out is not None and out.suffix and not out.is_dir():
+def _targets(
+    found: list[tuple[Path, Path]], out: Path | None, suffix: str, file_suffixes: tuple[str, ...]
+) -> list[Path]:
+    """Where each result goes. ``out`` is a file when it ends in one of ``file_suffixes``, else a folder."""
+    if out is not None and out.suffix.lower() in file_suffixes and not out.is_dir():
         if len(found) > 1:
             raise Failure(f"{out} is one file, but there are {len(found)} inputs: give a folder")
         return [out]
     targets = [(file if out is None else out / relative).with_suffix(suffix) for file, relative in found]
-    if len(set(targets)) < len(targets):
-        double = next(target for target in targets if targets.count(target) > 1)
-        raise Failure(f"two inputs would both be written to {double}: rename one, or encode them into two folders")
+    _refuse_doubles(targets)
     return targets
+
+
+def _refuse_doubles(targets: list[Path]) -> None:
+    seen: set[Path] = set()
+    for target in targets:
+        if target in seen:
+            raise Failure(f"two results would both be written to {target}: rename an input, or use two folders")
+        seen.add(target)
 
 
 def _prefix(tokens: Tokens, n: int) -> Tokens:
@@ -331,7 +351,13 @@ def _sampling(steps: int | None, guidance: float | None, seed: int | None) -> di
 
 
 def _sheet(
-    tok: Tokenizer, images: list[Path], lengths: list[int], resize: str | None, sampling: dict[str, Any]
+    tok: Tokenizer,
+    images: list[Path],
+    lengths: list[int],
+    resize: str | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int | None = None,
 ) -> tuple[Any, list[float]]:
     """A row per image, a column per length, the original last; and the mean PSNR of each length in dB."""
     import torch
@@ -341,17 +367,18 @@ def _sheet(
     from tokenizers_vis.pictures import contact_sheet
 
     originals = torch.stack([tok.canvas.fit(load_image(image), resize) for image in images])
-    columns = [tok.reconstruct(originals, n, **sampling).cpu() for n in lengths]
+    # The same noise for each length, so that columns differ by their tokens alone.
+    columns = [tok.reconstruct(originals, n, **_sampling(steps, guidance, seed)).cpu() for n in lengths]
     scores = [psnr(column, originals) for column in columns]
     rows = [[*(column[i] for column in columns), originals[i]] for i in range(len(images))]
     captions = [
         [
-            *(f"{-(-n * tok.bits_per_token // 8)} B  {s[i]:.1f} dB" for n, s in zip(lengths, scores, strict=True)),
+            *(f"{_size(tok, n)} B  {s[i]:.1f} dB" for n, s in zip(lengths, scores, strict=True)),
             path.stem,
         ]
         for i, path in enumerate(images)
     ]
-    heads = [*(f"{n} token{'s' * (n > 1)}" for n in lengths), "original"]
+    heads = [*(_count(n, "token") for n in lengths), "original"]
     return contact_sheet(rows, columns=heads, captions=captions), [s.mean().item() for s in scores]
 
 
@@ -367,8 +394,17 @@ def _progress() -> Progress:
 def _end(message: str, failed: list[str]) -> None:
     typer.echo(message)
     if failed:
-        typer.echo(f"{len(failed)} could not be read and were skipped", err=True)
+        typer.echo(f"skipped {_count(len(failed), 'file')} that could not be read", err=True)
         raise typer.Exit(1)
+
+
+def _size(tok: Tokenizer, n: int) -> int:
+    """Bytes of n tokens."""
+    return -(-n * tok.bits_per_token // 8)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
+import re
 import tomllib
 import types
 import typing
@@ -26,9 +28,9 @@ class ConfigError(ValueError):
     """A config that does not fit what it configures."""
 
 
-def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+def did_you_mean(word: object, allowed: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` for the nearest allowed word, or nothing."""
-    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(word), list(allowed), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
@@ -82,7 +84,8 @@ def coerce(value: Any, annotation: Any, where: str) -> Any:
                 continue
         return coerce(value, choices[-1], where)
     if origin is Literal:
-        if value not in args:
+        # Types too: True == 1 == 1.0.
+        if not any(value == arg and type(value) is type(arg) for arg in args):
             raise ConfigError(f"{where} is one of {', '.join(map(repr, args))}; got {value!r}")
         return value
     if origin in (tuple, list):
@@ -131,9 +134,11 @@ def override(table: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, 
         if not equals or not path.strip():
             raise ConfigError(f"an override reads key.sub=value, got {text!r}")
         try:
-            value = tomllib.loads(f"v = {raw}")["v"]
+            read = tomllib.loads(f"v = {raw}")
         except tomllib.TOMLDecodeError:
-            value = raw
+            read = {}
+        # A text of several lines can read as several assignments; it is meant as one value.
+        value = read["v"] if read.keys() == {"v"} else raw.strip()
         *parents, last = path.strip().split(".")
         node = result
         for key in parents:
@@ -152,21 +157,22 @@ def to_toml(table: Mapping[str, Any]) -> str:
 def _choose(cls: Any, table: dict[str, Any], where: str) -> Any:
     kinds = cls.kinds()
     kind = table.pop("kind", None)
+    place = f"{where}.kind" if where else "kind"
     if kind is None:
         raise ConfigError(f"{where or cls.__name__} needs a kind: {', '.join(kinds)}")
-    if kind in kinds:
+    if isinstance(kind, str) and kind in kinds:
         return kinds[kind]
     if isinstance(kind, str) and ":" in kind:
         module, _, name = kind.partition(":")
         try:
             found = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"{where}.kind: cannot import {kind!r}: {error}") from error
-        if not (isinstance(found, type) and issubclass(found, cls)):
-            raise ConfigError(f"{where}.kind: {kind!r} is not a {cls.__name__}")
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"{place}: cannot import {kind!r}: {error}") from error
+        if not (isinstance(found, type) and issubclass(found, cls)) or inspect.isabstract(found):
+            raise ConfigError(f"{place}: {kind!r} is not a {cls.__name__} that can be built")
         return found
     raise ConfigError(
-        f"{where}.kind: there is no {cls.__name__.lower()} {kind!r}.{did_you_mean(str(kind), kinds)} "
+        f"{place}: there is no {cls.__name__.lower()} {kind!r}.{did_you_mean(kind, kinds)} "
         f"There are: {', '.join(kinds)}; or give 'package.module:Class'."
     )
 
@@ -198,11 +204,20 @@ def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
 def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
     plain = {k: v for k, v in table.items() if v is not None and not isinstance(v, Mapping)}
     nested = {k: v for k, v in table.items() if isinstance(v, Mapping)}
-    lines = ["", f"[{'.'.join(path)}]"] if path and (plain or not nested) else []
-    lines += [f"{key} = {_toml_value(value)}" for key, value in plain.items()]
+    lines = ["", f"[{'.'.join(map(_toml_key, path))}]"] if path and (plain or not nested) else []
+    lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in plain.items()]
     for key, value in nested.items():
         lines += _toml_lines(value, (*path, key))
     return lines
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_text(key)
+
+
+def _toml_text(text: str) -> str:
+    # JSON's escapes are TOML's, but for DEL, which JSON leaves bare.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _toml_value(value: Any) -> str:
@@ -213,6 +228,6 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_toml_value(v) for v in value)}]"
     if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{k} = {_toml_value(v)}' for k, v in value.items())} }}"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{text}"'
+        pairs = (f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None)
+        return f"{{ {', '.join(pairs)} }}"
+    return _toml_text(str(value))

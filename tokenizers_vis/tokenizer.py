@@ -5,8 +5,10 @@ Letters: b batch, n tokens, d width of a code, k codebooks.
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,16 +132,21 @@ class Tokenizer(nn.Module):
 
         Raises ``ValueError`` (``ImageError`` for an image that cannot be read).
         """
-        items = list(images) if isinstance(images, (list, tuple)) else load_images(images)
+        _check_batch_size(batch_size)
+        if isinstance(images, (list, tuple)):
+            items = [part for item in images for part in (item if getattr(item, "ndim", 3) == 4 else [item])]
+        else:
+            items = load_images(images)
         if not items:
             raise ValueError("there are no images to encode: the list is empty")
         lengths = self._lengths(n_tokens, len(items))
         n = max(lengths)
         ids = []
-        for batch in _chunks(items, batch_size):
-            x = torch.stack([self.canvas.fit(load_image(item), resize) for item in batch]).to(self.device)
-            z = self.encoder(self.canvas.read(x).to(self.dtype), n)
-            ids.append(self.quantizer(z).ids)
+        with _at_rest(self.quantizer):
+            for batch in _chunks(items, batch_size):
+                x = torch.stack([self.canvas.fit(load_image(item), resize).to(self.device) for item in batch])
+                z = self.encoder(self.canvas.read(x).to(self.dtype), n)
+                ids.append(self.quantizer(z).ids)
         all_ids = torch.cat(ids)
         ragged = torch.tensor(lengths, device=self.device)
         if min(lengths) < n:
@@ -153,11 +160,12 @@ class Tokenizer(nn.Module):
     def decode(self, tokens: Tokens | Tensor, *, batch_size: int = 32, **sampling: Any) -> Tensor:
         """Tokens, or ids b n k (b n where k is 1) -> images b 3 h w, float32 in [0, 1].
 
-        sampling: nothing for a one-pass decoder; steps, guidance (1 is none), guidance_kind, solver, generator and noise
-        (b c h w in the decoder's own space) for a flow decoder.
+        sampling: nothing for a one-pass decoder; steps, guidance (1 is none), guidance_kind, solver, generator and
+        noise (b c h w in the decoder's own space) for a flow decoder.
 
         Raises ``ValueError`` for tokens of another tokenizer, ids out of range, or a length it cannot decode.
         """
+        _check_batch_size(batch_size)
         tokens = self._own(tokens)
         noise = sampling.pop("noise", None)
         if noise is not None and len(noise) != len(tokens):
@@ -201,7 +209,8 @@ class Tokenizer(nn.Module):
         from safetensors.torch import save_file
 
         state = {
-            key: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
+            # Cloned, because safetensors refuses tensors that share memory, as the levels of a residual quantizer may.
+            key: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().clone().contiguous()
             for key, value in self.state_dict().items()
         }
         header = {"format": "tokenizers_vis", "version": "1", "config": json.dumps(self.config)}
@@ -222,7 +231,12 @@ class Tokenizer(nn.Module):
             raise CheckpointError(f"{path} is no tokenizers_vis checkpoint: its header does not say so")
         if header.get("version") != "1":
             raise CheckpointError(f"{path} is of version {header.get('version')}, this library reads version 1")
-        tokenizer = cls.from_config(json.loads(header["config"]))
+        try:
+            tokenizer = cls.from_config(json.loads(header["config"]))
+        except KeyError as error:
+            raise CheckpointError(f"{path} has no config in its header; save the tokenizer again") from error
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} has a config that cannot be built here: {error}") from error
         load_strictly(tokenizer, state, str(path))
         return tokenizer
 
@@ -239,8 +253,9 @@ class Tokenizer(nn.Module):
         )
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><td>{key}</td><td><b>{value}</b></td></tr>" for key, value in self.describe().items())
-        return f"<table><caption><b>{self.name}</b></caption>{rows}</table>"
+        facts = {key: html.escape(value) for key, value in self.describe().items()}
+        rows = "".join(f"<tr><td>{key}</td><td><b>{value}</b></td></tr>" for key, value in facts.items())
+        return f"<table><caption><b>{html.escape(self.name)}</b></caption>{rows}</table>"
 
     def describe(self) -> dict[str, str]:
         """What a person wants to know, as pairs of words."""
@@ -261,6 +276,7 @@ class Tokenizer(nn.Module):
     def _lengths(self, n_tokens: int | Sequence[int] | None, b: int) -> list[int]:
         if n_tokens is None:
             return [self.max_tokens] * b
+        n_tokens = n_tokens.tolist() if hasattr(n_tokens, "tolist") else n_tokens  # an array, or a number of one
         many = not isinstance(n_tokens, (int, str)) and hasattr(n_tokens, "__len__")
         lengths = list(n_tokens) if many else [n_tokens] * b
         if len(lengths) != b:
@@ -313,6 +329,22 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -
     if found:
         raise CheckpointError(f"{source} does not fit its config; {'; '.join(found)}")
     module.load_state_dict(state)
+
+
+@contextmanager
+def _at_rest(quantizer: Quantizer) -> Iterator[None]:
+    """In eval mode for the block: in training, a codebook of moving averages learns from all that it is shown."""
+    training = quantizer.training
+    quantizer.eval()
+    try:
+        yield
+    finally:
+        quantizer.train(training)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size is a whole number from 1, got {batch_size!r}")
 
 
 def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:

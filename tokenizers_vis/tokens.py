@@ -1,35 +1,14 @@
-"""Tokens: a batch of images as ids, their ``.tok`` file, and the bridge to one stream of integers.
+"""Tokens: a batch of images as ids, and the bridge to one stream of integers. Their file is ``token_file``'s.
 
 Letters: b batch, n tokens, k codebooks.
-
-The ``.tok`` file, version 1. A varint is an unsigned LEB128: 7 bits a byte, lowest first, the top bit set on all bytes
-but the last. A CRC32 is the one of zlib and PNG, 4 bytes, big-endian.
-
-    magic           4 bytes   89 54 4F 4B ("\\x89TOK"; the first byte is not text, so a file sent as text is noticed)
-    version         1 byte    1
-    flags           1 byte    1: it is known whether the tokenizer is nested; 2: it is; 4: ragged. Others are 0
-    b, n, k         varints   images, tokens of the longest image, codebooks; none is 0
-    sizes           k varints the size of each codebook, 2 to 2**62
-    name            varint, then as many bytes of UTF-8: the tokenizer
-    lengths         b varints the tokens of each image, 1 to n; only when ragged
-    payload CRC32   4 bytes   of all that follows the header
-    header CRC32    4 bytes   of all bytes before it
-    payload         the ids, bit after bit, highest bit first, 0 bits up to the last whole byte
-
-One token is k ids, codebook 0 first; an id of a codebook of size s takes ceil(log2(s)) bits. The order is token 0 of
-every image, then token 1 of every image that has one, and so on. A file that was cut short thus holds a prefix of
-every image, which a nested tokenizer can decode.
 """
 
 from __future__ import annotations
 
 import html
-import operator
 import warnings
-import zlib
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +18,13 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad as pad_tensor
 
+from tokenizers_vis import token_file
 from tokenizers_vis.files import write_atomically
 from tokenizers_vis.quantizers.base import check_ids
-
-MAGIC = b"\x89TOK"
-VERSION = 1
-_NESTED_KNOWN, _NESTED, _RAGGED = 1, 2, 4
-_MAX_SIZE = 2**62
+from tokenizers_vis.token_file import TokenFileError, bits_of, check_sizes
 
 # How much of a batch a notebook shows.
 _SHOWN_IMAGES, _SHOWN_TOKENS = 8, 256
-
-
-class TokenFileError(ValueError):
-    """A ``.tok`` file that cannot be read."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,7 +51,7 @@ class Tokens:
     nested: bool | None = None
 
     def __post_init__(self) -> None:
-        sizes = _check_sizes(self.codebook_sizes)
+        sizes = check_sizes(self.codebook_sizes)
         if not isinstance(self.tokenizer, str):
             raise ValueError(f"tokenizer is the tokenizer's name, a text; got {self.tokenizer!r}")
         if self.nested is not None and not isinstance(self.nested, bool):
@@ -119,7 +91,7 @@ class Tokens:
 
     @property
     def bits_per_token(self) -> int:
-        return sum(_bits(self.codebook_sizes))
+        return sum(bits_of(self.codebook_sizes))
 
     @property
     def nbytes(self) -> list[int]:
@@ -176,13 +148,12 @@ class Tokens:
         n = self._prefix_length(prefix)
         rows = _rows(rows, len(self))
         lengths = None if self.lengths is None else self.lengths[rows].clamp(max=n)
-        return Tokens(self.ids[rows, :n], self.codebook_sizes, self.tokenizer, lengths, self.nested)
+        return replace(self, ids=self.ids[rows, :n], lengths=lengths)
 
     def __iter__(self) -> Iterator[Tokens]:
         """Each image as a batch of one, without padding."""
         for index, length in enumerate(self._length_list()):
-            ids = self.ids[index : index + 1, :length]
-            yield Tokens(ids, self.codebook_sizes, self.tokenizer, None, self.nested)
+            yield replace(self, ids=self.ids[index : index + 1, :length], lengths=None)
 
     @classmethod
     def stack(cls, parts: Iterable[Tokens]) -> Tokens:
@@ -205,7 +176,7 @@ class Tokens:
 
     def to(self, device: torch.device | str) -> Tokens:
         lengths = None if self.lengths is None else self.lengths.to(device)
-        return Tokens(self.ids.to(device), self.codebook_sizes, self.tokenizer, lengths, self.nested)
+        return replace(self, ids=self.ids.to(device), lengths=lengths)
 
     def cpu(self) -> Tokens:
         return self.to("cpu")
@@ -242,7 +213,7 @@ class Tokens:
         Raises ``ValueError`` for floats, a length that is no multiple of k, an id that does not belong to the
         codebook of its place (a special token, say), or a pad that is followed by another id.
         """
-        sizes = _check_sizes(codebook_sizes)
+        sizes = check_sizes(codebook_sizes)
         k, vocab_size = len(sizes), sum(sizes)
         _check_pad(pad, vocab_size)
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -275,16 +246,10 @@ class Tokens:
 
     def to_bytes(self) -> bytes:
         """The content of a ``.tok`` file."""
-        lengths, name = self._length_list(), self.tokenizer.encode()
-        n, ragged = max(lengths), min(lengths) < max(lengths)
-        flags = _RAGGED * ragged + _NESTED_KNOWN * (self.nested is not None) + _NESTED * (self.nested is True)
-        numbers = [len(self), n, len(self.codebook_sizes), *self.codebook_sizes, len(name)]
-        by_token = rearrange(self.ids[:, :n].cpu(), "b n k -> n b k").numpy()
-        payload = _pack(by_token[_real_by_token(lengths, n)], self.codebook_sizes)
-        header = MAGIC + bytes([VERSION, flags]) + b"".join(map(_varint, numbers)) + name
-        header += b"".join(map(_varint, lengths)) if ragged else b""
-        header += zlib.crc32(payload).to_bytes(4, "big")
-        return header + zlib.crc32(header).to_bytes(4, "big") + payload
+        ids = self.ids.cpu().numpy()
+        return token_file.write(
+            token_file.Contents(ids, self.codebook_sizes, self.tokenizer, self._length_list(), self.nested)
+        )
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Tokens:
@@ -322,46 +287,12 @@ class Tokens:
     @classmethod
     def _parse(cls, data: bytes) -> tuple[Tokens, str]:
         """The tokens, and a warning if some are missing."""
-        sizes, name, lengths, nested, expected_crc, start = _read_header(data)
-        payload, b, total = data[start:], len(lengths), sum(lengths)
-        bits = sum(_bits(sizes))
-        whole = -(-total * bits // 8)
-        if len(payload) > whole:
-            raise TokenFileError(
-                f"{len(payload) - whole} bytes follow the {whole} bytes of tokens; are these two files in one? "
-                "Save it anew"
-            )
-        arrived, warning = total, ""
-        if len(payload) < whole:
-            arrived = len(payload) * 8 // bits
-            found = f"the file is cut short: {arrived} of {total} tokens arrived whole"
-            if not nested:
-                raise TokenFileError(f"{found}, and its tokenizer is not known to be nested; fetch the file again")
-            if arrived < b:
-                raise TokenFileError(f"{found}, not one for each of {b} images; fetch the file again")
-            warning = f"{found}; every image is decoded from a shorter prefix"
-        elif zlib.crc32(payload) != expected_crc:
-            raise TokenFileError("the tokens do not match their checksum: the file is damaged; fetch or save it again")
-        # Only as many rows of tokens as arrived: memory follows the bytes there are, not the header's promise.
-        n = max(lengths)
-        if arrived < total:
-            n = 1 + bisect_left(range(n), arrived, key=lambda row: sum(min(length, row + 1) for length in lengths))
-        real = _real_by_token([min(length, n) for length in lengths], n)
-        # The cut falls inside a row: the tokens of the first images are there, those of the last are not.
-        real &= (real.cumsum() <= arrived).reshape(real.shape)
-        ids = np.full((*real.shape, len(sizes)), -1, dtype=np.int64)
-        ids[real] = _unpack(payload, sizes, arrived)
+        contents, warning = token_file.read(data)
+        ids, lengths = torch.from_numpy(contents.ids), torch.tensor(contents.lengths)
         try:
-            tokens = cls(
-                rearrange(torch.from_numpy(ids), "n b k -> b n k").contiguous(),
-                sizes,
-                name,
-                torch.from_numpy(real.sum(axis=0)),
-                nested,
-            )
+            return cls(ids, contents.codebook_sizes, contents.tokenizer, lengths, contents.nested), warning
         except ValueError as error:
             raise TokenFileError(f"the file holds ids that no codebook has: {error}; it was written wrongly") from error
-        return tokens, warning
 
     def _length_list(self) -> list[int]:
         return [self.ids.shape[1]] * len(self) if self.lengths is None else self.lengths.tolist()
@@ -378,16 +309,6 @@ class Tokens:
                 f"a prefix of {n}; prefixes need a nested tokenizer"
             )
         return n
-
-
-def _check_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(size) for size in sizes)
-    except TypeError as error:
-        raise ValueError(f"codebook_sizes is one whole number per codebook, such as (4096,); got {sizes!r}") from error
-    if not sizes or min(sizes) < 2 or max(sizes) > _MAX_SIZE or sum(sizes) > 2**63:
-        raise ValueError(f"codebook_sizes is one or more sizes of 2 to 2**62, together at most 2**63; got {sizes}")
-    return sizes
 
 
 def _check_lengths(lengths: Any, ids: Tensor) -> Tensor:
@@ -408,31 +329,24 @@ def _check_pad(pad: int | None, vocab_size: int) -> None:
 
 
 def _rows(index: Any, b: int) -> list[int]:
-    """The images that an index names, so that a negative step and a single number need no case of their own."""
-    if isinstance(index, slice):
-        rows = list(range(b))[index]
-    elif isinstance(index, (list, Tensor, np.ndarray)):
-        index = torch.as_tensor(index)
-        if index.ndim == 0:
-            return _rows(index.item(), b)
-        if index.ndim > 1 or index.is_floating_point() or (index.dtype == torch.bool and len(index) != b):
-            raise ValueError(f"images are chosen by whole numbers or by {b} booleans, got {tuple(index.shape)}")
-        rows = (index.nonzero()[:, 0] if index.dtype == torch.bool else index).tolist()
-    else:
-        try:
-            rows = [operator.index(index)]
-        except TypeError as error:
-            raise ValueError(f"tokens take [images] or [images, :prefix], got {index!r}") from error
-    if any(not -b <= row < b for row in rows):
-        raise IndexError(f"a batch of {b} has images 0 to {b - 1}, got {rows}")
+    """The images that an index names. numpy's indexing, since torch's knows no negative step."""
+    chosen = index.cpu().numpy() if isinstance(index, Tensor) else index
+    if not isinstance(chosen, slice):
+        chosen = np.asarray(chosen)
+        numbers = chosen.dtype.kind in "iu" and chosen.ndim < 2
+        mask = chosen.dtype.kind == "b" and chosen.shape == (b,)
+        if isinstance(index, tuple) or not (numbers or mask):
+            raise ValueError(
+                f"tokens take [images] or [images, :prefix], images chosen by whole numbers, a slice or {b} booleans; "
+                f"got {index!r}"
+            )
+    try:
+        rows = np.atleast_1d(np.arange(b)[chosen]).tolist()
+    except IndexError as error:
+        raise IndexError(f"a batch of {b} has images 0 to {b - 1}, got {index!r}") from error
     if not rows:
         raise ValueError(f"no image is left: {index!r} of a batch of {b}")
     return rows
-
-
-def _bits(sizes: Iterable[int]) -> list[int]:
-    """ceil(log2(size)) of each, exactly."""
-    return [(size - 1).bit_length() for size in sizes]
 
 
 def _offsets(sizes: Sequence[int]) -> Tensor:
@@ -442,103 +356,6 @@ def _offsets(sizes: Sequence[int]) -> Tensor:
 def _real(lengths: Tensor, n: int) -> Tensor:
     """b n 1, True where there is a token."""
     return rearrange(torch.arange(n, device=lengths.device) < lengths[:, None], "b n -> b n 1")
-
-
-def _real_by_token(lengths: Sequence[int], n: int) -> np.ndarray:
-    """n b, True where there is a token: the order of the file."""
-    return np.arange(n)[:, None] < np.array(lengths)
-
-
-def _pack(ids: np.ndarray, sizes: Sequence[int]) -> bytes:
-    """ids: t k -> bits, highest first."""
-    widths = _bits(sizes)
-    bits = np.empty((len(ids), sum(widths)), dtype=np.uint8)
-    column = 0
-    for j, width in enumerate(widths):
-        for shift in reversed(range(width)):
-            bits[:, column] = (ids[:, j] >> shift) & 1
-            column += 1
-    return np.packbits(bits).tobytes()
-
-
-def _unpack(payload: bytes, sizes: Sequence[int], count: int) -> np.ndarray:
-    """The first ``count`` tokens of a payload: t k, int64."""
-    widths = _bits(sizes)
-    bits = np.unpackbits(np.frombuffer(payload, np.uint8), count=count * sum(widths)).reshape(count, sum(widths))
-    ids = np.zeros((count, len(sizes)), dtype=np.int64)
-    column = 0
-    for j, width in enumerate(widths):
-        for _ in range(width):
-            ids[:, j] = (ids[:, j] << 1) | bits[:, column]
-            column += 1
-    return ids
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 128:
-        out.append(value & 127 | 128)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _read_header(data: bytes) -> tuple[tuple[int, ...], str, list[int], bool | None, int, int]:
-    """sizes, name, lengths, nested, the payload's CRC32, and where the payload starts."""
-    if not data.startswith(MAGIC[: len(data)]):
-        raise TokenFileError(f"this is no .tok file: it starts with {data[:4]!r}, a .tok file with {MAGIC!r}")
-    place = 4
-
-    def take(count: int) -> bytes:
-        nonlocal place
-        if place + count > len(data):
-            raise TokenFileError(f"the file ends inside its header, after {len(data)} bytes; fetch it again")
-        place += count
-        return data[place - count : place]
-
-    def number() -> int:
-        value = shift = 0
-        while shift < 70:
-            byte = take(1)[0]
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-            shift += 7
-        raise TokenFileError(
-            f"the header is damaged: the number before byte {place} does not end; fetch the file again"
-        )
-
-    version, flags = take(2)
-    if version != VERSION:
-        raise TokenFileError(f"the file is of version {version}, this reads version {VERSION}; update tokenizers_vis")
-    b, n, k = number(), number(), number()
-    sizes = tuple(number() for _ in range(k))
-    name = take(number())
-    lengths = [number() for _ in range(b)] if flags & _RAGGED else None
-    payload_crc = int.from_bytes(take(4), "big")
-    header_crc = zlib.crc32(data[:place])
-    if int.from_bytes(take(4), "big") != header_crc:
-        raise TokenFileError("the header does not match its checksum: the file is damaged; fetch or save it again")
-    # From here on the header is what was written; what follows guards against a writer that got it wrong.
-    try:
-        _check_sizes(sizes)
-        tokenizer = name.decode()
-    except ValueError as error:
-        raise TokenFileError(f"the header is wrong: {error}") from error
-    if (
-        flags > 7
-        or flags & 3 == _NESTED
-        or min(b, n) < 1
-        or n > _MAX_SIZE
-        or (lengths and (min(lengths) < 1 or max(lengths) != n))
-    ):
-        raise TokenFileError(f"the header is wrong: flags {flags}, {b} images of {n} tokens, lengths {lengths}")
-    nested = bool(flags & _NESTED) if flags & _NESTED_KNOWN else None
-    if lengths is None:
-        if b > 8 * len(data):  # each image has at least one token of at least one bit
-            raise TokenFileError(f"the file is cut short: {len(data)} bytes cannot hold {b} images; fetch it again")
-        lengths = [n] * b
-    return sizes, tokenizer, lengths, nested, payload_crc, place
 
 
 def _span(values: Sequence[int]) -> str:

@@ -19,17 +19,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tokenizers_vis.config import ConfigError, build, read_toml, to_toml
+from tokenizers_vis.config import ConfigError, build, did_you_mean, read_toml, to_toml
 from tokenizers_vis.encoders.base import powers_of_two
 from tokenizers_vis.eval.metrics import CodebookUsage, psnr
 from tokenizers_vis.files import write_atomically
 from tokenizers_vis.presets import best_device, load
-from tokenizers_vis.tokenizer import Tokenizer
-from tokenizers_vis.train.data import DataConfig, TrainBatches, open_source, val_batches
+from tokenizers_vis.tokenizer import PARTS, Tokenizer
+from tokenizers_vis.train.data import DataConfig, TrainBatches, val_batches
 from tokenizers_vis.train.losses import LossConfig, LossSum
 from tokenizers_vis.train.optim import Average, OptimConfig, adamw, learning_rate
+from tokenizers_vis.train.sources import open_source
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
         path = Path(__file__).parent / "recipes" / f"{name}.toml"
         if not path.is_file():
             raise ConfigError(
-                f"there is no recipe {str(name)!r}. Recipes: {', '.join(list_recipes())}; or give a .toml file"
+                f"there is no recipe {str(name)!r}.{did_you_mean(str(name), list_recipes())} "
+                f"Recipes: {', '.join(list_recipes())}; or give a .toml file"
             )
     return read_toml(path)
 
@@ -111,7 +114,7 @@ def fit(table: Mapping[str, Any], folder: str | Path) -> Outcome:
     """
     config = build(TrainConfig, table)
     folder = Path(folder)
-    if (folder / "checkpoint.pt").exists():
+    if (folder / "checkpoint.pt").exists() or (folder / "tokenizer.safetensors").exists():
         raise RunError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out")
     run = Run(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +126,7 @@ def resume(folder: str | Path) -> Outcome:
     """Goes on with the run in ``folder``: the same losses, to the bit on a CPU, as if it had never stopped."""
     folder = Path(folder)
     if not (folder / "checkpoint.pt").is_file():
-        raise RunError(f"{folder} holds no checkpoint.pt to go on from; start a run with --out {folder}")
+        raise RunError(f"{folder} holds no checkpoint.pt to go on from; start the run anew with --out {folder}")
     run = Run(build(TrainConfig, read_toml(folder / "recipe.toml")), folder)
     run.read_checkpoint()
     return run.train()
@@ -134,17 +137,19 @@ class Run:
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.device = torch.device(config.device) if config.device else best_device()
+        self.device = usable_device(config.device) if config.device else best_device()
         if not config.data.train:
             raise ConfigError("data.train is empty: say where the images are (--data PATH)")
         self.source = open_source(config.data.train)
         torch.manual_seed(config.seed)
         self.tokenizer = untrained(config).to(self.device)
         self.losses = LossSum(config.loss, self.device)
+        if not any(p.requires_grad for p in self.tokenizer.parameters()):
+            raise ConfigError("init.freeze leaves nothing to train: name fewer init.parts")
         self.optimizer = adamw(self.tokenizer, config.optim)
         self.average = Average(self.tokenizer, config.optim.ema)
-        self.usage = CodebookUsage(self.tokenizer.codebook_sizes)
         self.step = 0
+        self.saved: int | None = None  # the step of the checkpoint in the folder
         self.skipped = 0
 
     # The loop
@@ -174,12 +179,13 @@ class Run:
                     self.skipped += 1
                     journal.say(f"skipped a corrupt image: {name} ({self.skipped} so far)")
                 scalars = self.train_step(images.to(self.device, non_blocking=True).float() / 255)
+                scalars["skipped"] = self.skipped
                 journal.step(self.step, scalars, write=self.step % log.every == 0 or self.step == optim.steps)
                 if data.val and (self.step % log.val_every == 0 or self.step == optim.steps):
                     self.validate(journal)
                 if self.step % log.save_every == 0 or self.step == optim.steps:
                     self.write_checkpoint()
-            if self.step % log.save_every and self.step < optim.steps:
+            if self.saved != self.step:
                 self.write_checkpoint()
         return Outcome(self.folder, self.step, self.step >= optim.steps)
 
@@ -191,15 +197,21 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             done = self.tokenizer.training_pass(images)
         losses = self.losses(done, images, self.tokenizer.canvas.paint)
-        if not torch.isfinite(losses.total):
-            raise RunError(
-                f"the loss is {losses.total.item()} at step {self.step}; "
-                f"the last checkpoint in {self.folder} is good. Try a lower optim.lr or a longer optim.warmup"
-            )
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = nn.utils.clip_grad_norm_(trained, self.config.optim.clip or math.inf)
+        # The gradient too: it can overflow under a finite loss, and one such step would spoil every weight.
+        if not (torch.isfinite(losses.total) and torch.isfinite(norm)):
+            kept = (
+                "no checkpoint was written yet"
+                if self.saved is None
+                else f"the checkpoint of step {self.saved} is kept"
+            )
+            raise RunError(
+                f"the loss is {losses.total.item()} and its gradient's norm {norm.item()} at step {self.step + 1}; "
+                f"{kept}. Try a lower optim.lr or a longer optim.warmup in {self.folder / 'recipe.toml'}"
+            )
         self.optimizer.step()
         self.average.update(self.tokenizer, self.step)
         self.step += 1
@@ -266,30 +278,55 @@ class Run:
             "average": self.average.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda_rng": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
         }
-        write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
-        self.average.model.save(self.folder / "tokenizer.safetensors")
+        try:
+            write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
+            self.saved = self.step
+            self.average.model.save(self.folder / "tokenizer.safetensors")
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer in C++ raises RuntimeError
+            kept = "there is none yet" if self.saved is None else f"that of step {self.saved} is whole"
+            raise RunError(
+                f"cannot write the checkpoint of step {self.step} in {self.folder}, {kept}: "
+                f"{first_line(error)}. Make room on the disk, then go on with --resume"
+            ) from error
 
     def read_checkpoint(self) -> None:
         file = self.folder / "checkpoint.pt"
         try:
             state = torch.load(file, map_location=self.device, weights_only=True)
-        except Exception as error:
-            raise RunError(f"{file} cannot be read: {error}") from error
-        if state["data"] != self.source.fingerprint:
-            raise RunError(f"{self.config.data.train} does not hold the images that this run was started on")
-        self.tokenizer.load_state_dict(state["model"])
-        self.average.model.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.skipped = state["step"], state["skipped"]
-        torch.set_rng_state(state["rng"].cpu())
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all([rng.cpu() for rng in state["cuda_rng"]])
+        except Exception as error:  # on damaged bytes torch raises nearly anything
+            raise RunError(
+                f"{file} is damaged and cannot be read: {first_line(error)}. Start a new run; its init.tokenizer may "
+                f"be {self.folder}, whose averaged weights are in a file of their own"
+            ) from error
+        try:
+            if state["data"] != self.source.fingerprint:
+                raise RunError(
+                    f"{self.config.data.train} does not hold the images that this run was started on (their names "
+                    f"or sizes differ); bring those back, or start a new run with init.tokenizer={self.folder}"
+                )
+            self.tokenizer.load_state_dict(state["model"])
+            self.average.model.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.skipped = state["step"], state["skipped"]
+            self.saved = self.step
+            torch.set_rng_state(state["rng"].cpu())
+            if state["cuda_rng"] and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["cuda_rng"][0].cpu(), self.device)
+        except RunError:
+            raise
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{file} is not of the run that recipe.toml beside it describes: {first_line(error)}"
+            ) from error
 
 
 def untrained(config: TrainConfig) -> Tokenizer:
     """The tokenizer of a recipe, with the parts that ``init`` names taken from a trained one."""
+    for part in config.tokenizer:
+        if part not in PARTS:
+            raise ConfigError(f"a tokenizer has no {part!r}.{did_you_mean(part, PARTS)} It has: {', '.join(PARTS)}.")
     table = {"name": config.name, **config.tokenizer}
     init = config.init
     if not init.tokenizer:
@@ -303,6 +340,18 @@ def untrained(config: TrainConfig) -> Tokenizer:
         getattr(tokenizer, part).load_state_dict(getattr(source, part).state_dict())
         getattr(tokenizer, part).requires_grad_(not init.freeze)
     return tokenizer
+
+
+def usable_device(name: str) -> torch.device:
+    """Raises ``ConfigError`` when there is no such device here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise ConfigError(f"the device {name!r} cannot be used here: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class Journal:
@@ -332,7 +381,7 @@ class Journal:
         self.progress.start()
         self.lines = self.folder / "log.jsonl"
         self._forget_after(self.start)
-        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.start)
+        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.start + 1)
         self.began = time.monotonic()
         return self
 

@@ -34,6 +34,11 @@ class OptimConfig:
                 f"steps and batch_size are at least 1 and warmup at least 0, got {self.steps}, {self.batch_size} "
                 f"and {self.warmup}"
             )
+        if min(self.lr, self.final, self.weight_decay, self.clip) < 0 or not 0 <= self.ema < 1:
+            raise ValueError(
+                f"lr, final, weight_decay and clip are at least 0 and ema from 0 to below 1, got {self.lr}, "
+                f"{self.final}, {self.weight_decay}, {self.clip} and {self.ema}"
+            )
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
@@ -61,7 +66,7 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 class Average:
-    """An exponential moving average of a model's parameters; its buffers are copied."""
+    """An exponential moving average of a model's parameters and running statistics; whole numbers are copied."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -71,7 +76,8 @@ class Average:
     def update(self, model: nn.Module, step: int) -> None:
         """Call after optimiser step ``step`` (from 0). The decay warms up, so that the start is soon forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        ours, theirs = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
-        for mine, other in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(other)
+        for mine, other in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+            if mine.is_floating_point():
+                mine.lerp_(other, 1 - decay)
+            else:
+                mine.copy_(other)

@@ -29,6 +29,10 @@ class LengthPolicy:
     per: Literal["image", "batch"] = "image"
 
     def __post_init__(self) -> None:
+        if self.kind not in ("full", "uniform", "pow2") or self.per not in ("image", "batch"):
+            raise ValueError(
+                f"kind is 'full', 'uniform' or 'pow2', per is 'image' or 'batch'; got {self.kind!r}, {self.per!r}"
+            )
         if not 0 <= self.full <= 1:
             raise ValueError(f"full is a probability from 0 to 1, got {self.full}")
 
@@ -40,7 +44,7 @@ class LengthPolicy:
         if self.kind == "uniform":
             lengths = torch.randint(1, max_tokens + 1, (draws,))
         else:
-            choices = torch.tensor([n for n in powers_of_two(max_tokens)])
+            choices = torch.tensor(powers_of_two(max_tokens))
             lengths = choices[torch.randint(len(choices), (draws,))]
         lengths = torch.where(torch.rand(draws) < self.full, max_tokens, lengths)
         return lengths.expand(b).contiguous()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_vis.decoders.transformer import Transformer, init_linear, learned, patchify, sincos_2d
+from tokenizers_vis.decoders.transformer import Transformer, init_linear, patchify, scattered, sincos_2d
 from tokenizers_vis.encoders.base import Encoder, LengthPolicy
 
 
@@ -20,6 +20,9 @@ class FlexTokEncoder(Encoder):
 
     Patches see all patches and no register; register i sees all patches and the registers up to i. So the first tokens
     do not depend on how many follow, and a short encoding runs a short sequence.
+
+    standardize: gives every channel of every token mean 0 and variance 1 over the images (batch statistics in training,
+    running ones after), so that images differ by more than a quantizer's step from the start and all codes get used.
     """
 
     nested = True
@@ -38,6 +41,7 @@ class FlexTokEncoder(Encoder):
         mlp: Literal["gelu", "swiglu"] = "swiglu",
         mlp_ratio: float = 4.0,
         qk_norm: bool = True,
+        standardize: bool = False,
         lengths: LengthPolicy = LengthPolicy("uniform"),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
@@ -47,12 +51,13 @@ class FlexTokEncoder(Encoder):
         grid = size // patch
         self.read_patches = nn.Linear(patch * patch * channels, width)
         self.register_buffer("positions", sincos_2d(grid, grid, width), persistent=False)
-        self.registers = learned(max_tokens, width)
+        self.registers = scattered(max_tokens, grid, width)
         self.register_buffer("mask", causal_last(grid**2, max_tokens), persistent=False)
         self.transformer = Transformer(width, depth, heads, mlp=mlp, mlp_ratio=mlp_ratio, qk_norm=qk_norm)
         self.to_codes = nn.Linear(width, dim)
         self.read_patches.apply(init_linear)
         self.to_codes.apply(init_linear)
+        self.standard = Standard(max_tokens, dim) if standardize else nn.Identity()
 
     def forward(self, x: Tensor, n_tokens: int) -> Tensor:
         patches = self.read_patches(patchify(x, self.patch))
@@ -60,7 +65,25 @@ class FlexTokEncoder(Encoder):
         registers = self.registers[:n_tokens].to(patches.dtype).expand(len(x), -1, -1)
         n = patches.shape[1] + n_tokens
         z = self.transformer(torch.cat([patches, registers], dim=1), self.mask[:n, :n])[:, -n_tokens:]
-        return self.to_codes(F.layer_norm(z, z.shape[-1:]))
+        return self.standard(self.to_codes(F.layer_norm(z, z.shape[-1:])))
+
+
+class Standard(nn.Module):
+    """Batch normalisation without scale or bias, of each channel at each token position, in float32."""
+
+    def __init__(self, max_tokens: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(max_tokens, dim))
+        self.register_buffer("variance", torch.ones(max_tokens, dim))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z: b n d, of the first n tokens."""
+        n = z.shape[1]
+        mean, variance = self.mean[:n].float().flatten(), self.variance[:n].float().flatten()
+        out = F.batch_norm(z.float().flatten(1), mean, variance, training=self.training, momentum=0.02)
+        if self.training:
+            self.mean[:n], self.variance[:n] = mean.view(n, -1), variance.view(n, -1)
+        return out.view(z.shape)
 
 
 def causal_last(patches: int, registers: int) -> Tensor:

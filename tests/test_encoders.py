@@ -1,0 +1,194 @@
+"""Every encoder keeps the contract of encoders/base.py; FlexTok is causal; length policies draw what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokenizers_vis.config import ConfigError, build
+from tokenizers_vis.encoders import ENCODERS
+from tokenizers_vis.encoders.base import Encoder, LengthPolicy, powers_of_two
+from tokenizers_vis.encoders.flextok import causal_last
+
+SHAPE = {"dim": 5, "max_tokens": 6, "size": 16, "patch": 8, "width": 32, "depth": 2, "heads": 2}
+PATCHES = (SHAPE["size"] // SHAPE["patch"]) ** 2
+
+
+def encoder(kind: str, **changes) -> Encoder:
+    return build(Encoder, {"kind": kind, **SHAPE, **changes}).eval().requires_grad_(False)
+
+
+# -- what every encoder does
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_shapes_and_prefixes(kind):
+    made = encoder(kind)
+    x = torch.randn(3, 3, 16, 16)
+    assert (made.dim, made.max_tokens) == (5, 6) and isinstance(made.lengths, LengthPolicy)
+    for n in range(1, 7):
+        z = made(x, n)
+        assert z.shape == (3, n, 5) and z.isfinite().all()
+        torch.testing.assert_close(z, made(x, 6)[:, :n], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_each_image_is_encoded_by_itself(kind):
+    made = encoder(kind)
+    x = torch.randn(4, 3, 16, 16)
+    alone = torch.cat([made(one[None], 6) for one in x])
+    torch.testing.assert_close(made(x, 6), alone, rtol=1e-5, atol=1e-5)
+    assert (alone[0] - alone[1]).abs().max() > 1e-3  # and it does look at the image
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("changes", [{"channels": 1}, {"mlp": "gelu"}, {"mlp": "swiglu"}, {"qk_norm": True}], ids=str)
+def test_options(kind, changes):
+    made = encoder(kind, **changes)
+    assert made(torch.randn(2, changes.get("channels", 3), 16, 16), 4).shape == (2, 4, 5)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_the_gradient_reaches_every_parameter(kind):
+    made = encoder(kind).requires_grad_(True)
+    # A fixed random direction: plain squares have no gradient through a layer norm.
+    (made(torch.randn(3, 3, 16, 16), 6) * torch.randn(3, 6, 5)).sum().backward()
+    for name, parameter in made.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_it_runs_in_bfloat16(kind):
+    made = encoder(kind)
+    x = torch.randn(2, 3, 16, 16)
+    exact = made(x, 6)
+    rough = made.to(torch.bfloat16)(x.to(torch.bfloat16), 6)
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), exact, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_patch_that_does_not_divide_is_refused(kind):
+    with pytest.raises(ConfigError, match="encoder: size 16 is not a multiple of patch 5"):
+        build(Encoder, {"kind": kind, **SHAPE, "patch": 5}, "encoder")
+
+
+def test_nested():
+    assert encoder("flextok").nested and encoder("flextok").lengths == LengthPolicy("uniform")
+    assert not encoder("titok").nested
+    assert encoder("titok", lengths={"kind": "pow2"}).nested  # One-D-Piece
+
+
+# -- FlexTok
+
+
+def trace(made, x, n):
+    """The whole sequence after the transformer: patches, then registers."""
+    kept = []
+    handle = made.transformer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    made(x, n)
+    handle.remove()
+    return kept[0]
+
+
+@pytest.mark.parametrize("changed", range(6))
+def test_a_register_changes_itself_and_the_later_ones_only(changed):
+    made = encoder("flextok").double()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    before = trace(made, x, 6)
+    made.registers[changed] += torch.randn(32, dtype=torch.float64)
+    after = trace(made, x, 6)
+    moved = (after - before).abs().amax(dim=(0, 2))
+    first = PATCHES + changed
+    assert moved[:first].max() < 1e-12
+    assert moved[first:].min() > 1e-6
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_a_short_encoding_is_the_prefix_of_the_long_one(n):
+    made = encoder("flextok").double()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(made(x, n), made(x, 6)[:, :n], rtol=0, atol=1e-12)
+    assert trace(made, x, n).shape[1] == PATCHES + n  # and the sequence itself is short
+
+
+def test_the_mask_by_hand():
+    assert causal_last(2, 2).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+# -- length policies
+
+
+def draw(policy: LengthPolicy, b: int = 4000, n: int = 6) -> torch.Tensor:
+    lengths = policy.sample(b, n)
+    assert lengths.shape == (b,) and lengths.dtype == torch.int64 and lengths.is_contiguous()
+    return lengths
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (6, [1, 2, 4, 6]), (64, [1, 2, 4, 8, 16, 32, 64])],
+)
+def test_powers_of_two(n, expected):
+    assert powers_of_two(n) == expected
+    assert draw(LengthPolicy("pow2"), n=n).unique().tolist() == expected
+
+
+def test_uniform_draws_every_length_about_equally_often():
+    counts = draw(LengthPolicy("uniform")).bincount(minlength=7)
+    assert counts[0] == 0 and len(counts) == 7
+    assert (counts[1:] - 4000 / 6).abs().max() < 150  # 6 standard deviations
+
+
+def test_full_keeps_all_and_draws_nothing():
+    state = torch.get_rng_state()
+    assert LengthPolicy().sample(5, 6) is None
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", ["uniform", "pow2"])
+def test_full_is_the_probability_of_keeping_all(kind):
+    share = (draw(LengthPolicy(kind, full=0.5)) == 6).float().mean().item()
+    by_chance = 1 / 6 if kind == "uniform" else 1 / 4
+    assert abs(share - (0.5 + 0.5 * by_chance)) < 0.05
+    assert (draw(LengthPolicy(kind, full=1.0)) == 6).all()
+
+
+@pytest.mark.parametrize("kind", ["uniform", "pow2"])
+def test_one_length_per_batch(kind):
+    policy = LengthPolicy(kind, full=0.2, per="batch")
+    drawn = [draw(policy, 5) for _ in range(60)]
+    assert all((lengths == lengths[0]).all() for lengths in drawn)
+    assert len({lengths[0].item() for lengths in drawn}) == {"uniform": 6, "pow2": 4}[kind]
+    drawn[0][0] = 0  # its own memory for every image
+    assert (drawn[0][1:] > 0).all()
+
+
+@pytest.mark.parametrize("per", ["image", "batch"])
+def test_the_global_seed_decides(per):
+    policy = LengthPolicy("uniform", full=0.3, per=per)
+
+    def ten(seed):
+        torch.manual_seed(seed)
+        return [policy.sample(8, 64).tolist() for _ in range(10)]
+
+    assert ten(3) == ten(3) != ten(4)
+
+
+def test_a_policy_from_a_table():
+    made = encoder("titok", lengths={"kind": "pow2", "full": 1, "per": "batch"})
+    assert made.lengths == LengthPolicy("pow2", 1.0, "batch")
+    for lengths, message in [
+        ({"kind": "pow3"}, "lengths.kind is one of 'full', 'uniform', 'pow2'"),
+        ({"kind": "pow2", "full": 1.5}, "lengths: full is a probability from 0 to 1, got 1.5"),
+        ({"full": "all"}, "lengths.full is a number"),
+        ("pow2", "lengths is a table of options"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            encoder("titok", lengths=lengths)
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "pow3"}, {"per": "pixel"}, {"full": -0.1}], ids=str)
+def test_a_policy_checks_itself(wrong):
+    with pytest.raises(ValueError, match=str(*wrong.values())):
+        LengthPolicy(**wrong)
