@@ -25,6 +25,7 @@ from tokenizers_vis.eval.perceptual import Perceptual, perceptual
 from tokenizers_vis.eval.thumbnail import thumbnail, thumbnail_size
 from tokenizers_vis.files import write_atomically
 from tokenizers_vis.pictures import contact_sheet
+from tokenizers_vis.presets import best_device
 from tokenizers_vis.train.data import val_batches
 from tokenizers_vis.train.sources import ImageSource, open_source
 
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.net_weights and not options.net:
         parser.error("--net-weights needs --net, the name of the net that the file is of")
+    if options.show < 1:
+        parser.error(f"--show is at least 1, got {options.show}; without --out there is no picture")
     try:
         run(options)
     except ValueError as error:
@@ -55,20 +58,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    # What may be missing comes first: it should not be found out after an hour.
     source = open_source(options.data)
-    device = options.device and torch.device(options.device)
-    # The net comes first: a file that is missing should not be found out after an hour.
     distance = perceptual(options.net, options.net_weights) if options.net else None
-    labels = [tv.load(name, "cpu").name for name in options.tokenizers]
-    if len(set(labels)) < len(labels):
-        labels = options.tokenizers
+    loaded = [tv.load(name, "cpu") for name in options.tokenizers]
     sampling = {key: getattr(options, key) for key in ("steps", "guidance") if getattr(options, key) is not None}
+    if sampling and all(tok.decoder.one_pass for tok in loaded):
+        raise ValueError("--steps and --guidance are of flow decoders, and none of these tokenizers has one")
+    names = [tok.name for tok in loaded]
+    labels = names if len(set(names)) == len(names) else options.tokenizers
+    device = torch.device(options.device) if options.device else best_device()
+    distance = distance and distance.to(device)
     rows: list[dict[str, Any]] = []
     usage: list[dict[str, Any]] = []
     blocks: list[list[Row]] = [[] for _ in range(min(options.show, len(source)))]
     thumbnails: dict[int, set[int]] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    sampled = False
     with Progress(*columns, console=Console(stderr=True)) as progress:
 
         def batches(size: int, what: str) -> Iterator[Tensor]:
@@ -80,15 +85,13 @@ def run(options: argparse.Namespace) -> None:
                 progress.advance(task, len(batch))
             progress.update(task, completed=count)
 
-        for label, name in zip(labels, options.tokenizers, strict=True):
-            tok = tv.load(name, device)
-            distance = distance and distance.to(tok.device)
+        for label, tok in zip(labels, loaded, strict=True):
+            tok.to(device)
             lengths = powers_of_two(tok.max_tokens) if tok.nested else [tok.max_tokens]
             own = {} if tok.decoder.one_pass else sampling
-            sampled |= bool(own)
             used = CodebookUsage(tok.codebook_sizes)
             versions = reconstructions(tok, lengths, options.batch_size, own, used)
-            scores = judge(batches(tok.image_size, label), versions, distance, tok.device)
+            scores = judge(batches(tok.image_size, label), versions, distance, device)
             for n in lengths:
                 size = -(-n * tok.bits_per_token // 8)
                 rows.append({"method": label, "tokens": n, "bytes": size, "image_size": tok.image_size, **scores[n]})
@@ -99,12 +102,10 @@ def run(options: argparse.Namespace) -> None:
             if options.out:
                 for block, row in zip(blocks, sheet_rows(tok, label, lengths, source, len(blocks), own), strict=False):
                     block.append(row)
-        if sampling and not sampled:
-            raise ValueError("--steps and --guidance are of flow decoders, and none of these tokenizers has one")
         for size, sizes in sorted(thumbnails.items()):
             # Several numbers of bytes may lead to one thumbnail; it is judged once.
             least = {thumbnail_size(size, size, n, no_fewer=True): n for n in sorted(sizes, reverse=True)}
-            scores = judge(batches(size, "bicubic thumbnails"), small_pictures(least), distance, torch.device("cpu"))
+            scores = judge(batches(size, "bicubic thumbnails"), small_pictures(least), distance, device)
             for (w, h), score in reversed(scores.items()):
                 method = f"bicubic thumbnail, {w} x {h}"
                 rows.append({"method": method, "tokens": None, "bytes": 3 * w * h, "image_size": size, **score})
@@ -112,7 +113,8 @@ def run(options: argparse.Namespace) -> None:
         "data": options.data,
         "fingerprint": source.fingerprint,
         "images": rows[0]["images"],
-        "preparation": "evenly spaced over the data; shorter side resized (bicubic, antialiased), centre cropped, 8 bit",
+        "selection": "evenly spaced over the data",
+        "preparation": "shorter side resized (bicubic; large JPEGs are decoded smaller first), centre cropped, 8 bit",
         "reconstructions": "rounded to 8 bit before they are judged",
         "psnr, ssim, distance": "mean over pictures; PSNR in dB, SSIM with a Gaussian window of 11",
         "gradient energy": "mean of the reconstructions' over mean of the originals': below 1 blurred, above 1 noisy",
@@ -164,7 +166,7 @@ def judge(
         energy += gradient_energy(originals).sum().item()
         for key, pictures in versions(originals):
             pictures = as_saved(pictures)
-            scores = {"psnr": psnr, "ssim": ssim, **({distance.name: distance.to(device)} if distance else {})}
+            scores = {"psnr": psnr, "ssim": ssim, **({distance.name: distance} if distance else {})}
             found = {name: score(pictures, originals) for name, score in scores.items()}
             found["gradient_energy"] = gradient_energy(pictures)
             into = sums.setdefault(key, {})
@@ -238,14 +240,14 @@ def report(
         ]
         for row in usage
     ]
-    used = table(["tokenizer", "codebook", "codes", "used", "entropy (bits)", "ids counted"], books, left=1)
+    used = table(["tokenizer", "codebook", "codes", "used", "entropy (bits)", "ids counted"], books)
     said = "\n".join(f"- {key}: {value}" for key, value in protocol.items())
-    return f"{table(heads, body, left=1)}\n\nCodebooks, at full length:\n\n{used}\n\nHow it was measured:\n\n{said}"
+    return f"{table(heads, body)}\n\nCodebooks, at full length:\n\n{used}\n\nHow it was measured:\n\n{said}"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[Any]], left: int) -> str:
-    """Markdown; the first ``left`` columns are texts, the others numbers."""
-    rule = ["---"] * left + ["---:"] * (len(heads) - left)
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Markdown; the first column is texts, the others are numbers."""
+    rule = ["---"] + ["---:"] * (len(heads) - 1)
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (heads, rule, *rows))
 
 

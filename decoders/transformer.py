@@ -111,8 +111,8 @@ class Transformer(nn.Module):
         for block in self.blocks:
             if block.modulation is not None:
                 nn.init.zeros_(block.modulation.weight)
-            # Queries and keys start equal, so that things at like positions attend to each other from the first step and
-            # the mean colour is soon left. Trockman and Kolter 2023, arXiv 2305.09828.
+            # Queries and keys start equal, so that things at like positions attend to each other from the first step
+            # and the mean colour is soon left. Trockman and Kolter 2023, arXiv 2305.09828.
             weight = block.attention.qkv.weight.data
             weight[width : 2 * width] = weight[:width]
             # Keeps the residual stream's variance from growing with depth (GPT-2).

@@ -85,3 +85,29 @@ def shared() -> Path:
 def photos() -> list[Path]:
     """The photographs that come with the package: 256x256 JPEG files, sorted by name."""
     return sorted((Path(tokenizers_vis.__file__).parent / "photos").glob("*.jpg"))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., dict[str, Any]]:
+    """``tiny(encoder, quantizer, decoder)``: the table of a tokenizer of 16 px, 6 tokens and a few thousand weights.
+
+    quantizer: "fsq", "vq" (one codebook) or "library" (two: a residual quantizer).
+    """
+    quantizers: dict[str, tuple[int, dict[str, Any]]] = {
+        "fsq": (3, {"levels": [8, 5, 5]}),
+        "vq": (4, {"dim": 4, "codebook_size": 32, "update": "ema", "revive_after": 2}),
+        "library": (4, {"dim": 4, "name": "ResidualVQ", "options": {"codebook_size": [16, 8]}}),
+    }
+
+    def table(encoder: str = "flextok", quantizer: str = "fsq", decoder: str = "vit") -> dict[str, Any]:
+        dim, options = quantizers[quantizer]
+        part = {"dim": dim, "max_tokens": 6, "size": 16, "patch": 8, "width": 32, "depth": 1, "heads": 2}
+        return {
+            "name": f"tiny-{encoder}-{quantizer}-{decoder}",
+            "canvas": {"kind": "pixels", "size": 16},
+            "encoder": {"kind": encoder, **part} | ({"standardize": True} if encoder == "flextok" else {}),
+            "quantizer": {"kind": quantizer, **options},
+            "decoder": {"kind": decoder, **part} | ({"steps": 2} if decoder == "flow" else {}),
+        }
+
+    return table

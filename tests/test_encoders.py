@@ -8,7 +8,7 @@ import torch
 from tokenizers_vis.config import ConfigError, build
 from tokenizers_vis.encoders import ENCODERS
 from tokenizers_vis.encoders.base import Encoder, LengthPolicy, powers_of_two
-from tokenizers_vis.encoders.flextok import causal_last
+from tokenizers_vis.encoders.flextok import Standard, causal_last
 
 SHAPE = {"dim": 5, "max_tokens": 6, "size": 16, "patch": 8, "width": 32, "depth": 2, "heads": 2}
 PATCHES = (SHAPE["size"] // SHAPE["patch"]) ** 2
@@ -114,6 +114,33 @@ def test_a_short_encoding_is_the_prefix_of_the_long_one(n):
 
 def test_the_mask_by_hand():
     assert causal_last(2, 2).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_standard_uses_the_batch_in_training_and_remembers_it():
+    standard = Standard(6, 5)
+    z = 3 * torch.randn(64, 4, 5) + torch.arange(5)
+    for _ in range(500):
+        out = standard(z)
+    assert out.dtype == torch.float32 and out.shape == z.shape
+    torch.testing.assert_close(out.mean(dim=0), torch.zeros(4, 5), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.var(dim=0, correction=0), torch.ones(4, 5), rtol=0, atol=1e-4)
+    torch.testing.assert_close(standard.mean[:4], z.mean(dim=0), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(standard.variance[:4], z.var(dim=0), rtol=1e-3, atol=1e-3)
+    assert (standard.mean[4:] == 0).all() and (standard.variance[4:] == 1).all()  # places that were not there
+    standard.eval()
+    before = {key: value.clone() for key, value in standard.state_dict().items()}
+    torch.testing.assert_close(standard(z), out, rtol=0, atol=0.05)
+    torch.testing.assert_close(standard(z[:1, :2]), standard(z)[:1, :2])  # one image, a prefix
+    assert standard(z.bfloat16()).dtype == torch.float32
+    assert all(torch.equal(value, before[key]) for key, value in standard.state_dict().items())
+
+
+def test_standardize_passes_the_gradient_and_leaves_earlier_graphs_whole():
+    made = encoder("flextok", standardize=True).train().requires_grad_(True)
+    losses = [(made(torch.randn(8, 3, 16, 16), n) * torch.randn(8, n, 5)).sum() for n in (6, 3)]
+    sum(losses).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
+    assert made.read_patches.weight.grad.abs().sum() > 0
 
 
 # -- length policies

@@ -231,6 +231,14 @@ def test_write_atomically_keeps_links_and_modes(tmp_path):
     write_atomically(link, b"new")
     assert link.is_symlink() and real.read_bytes() == b"new" and real.stat().st_mode & 0o777 == 0o600
 
+    def private(aside):
+        aside.unlink(missing_ok=True)
+        os.close(os.open(aside, os.O_CREAT | os.O_WRONLY, 0o600))
+
+    write_atomically(tmp_path / "new", private)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
 
 @QUICK
 @given(batches())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,12 +23,14 @@ def write_atomically(path: str | Path, data: bytes | Callable[[Path], object]) -
     target = Path(os.path.realpath(path))
     aside = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     try:
+        # The mode of new files here: some writers (safetensors) put a file in place that only its owner can read.
+        aside.touch()
+        mode = stat.S_IMODE((target if target.exists() else aside).stat().st_mode)
         if callable(data):
             data(aside)
         else:
             aside.write_bytes(data)
-        if target.exists():
-            shutil.copymode(target, aside)
+        aside.chmod(mode)
         with aside.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, target)

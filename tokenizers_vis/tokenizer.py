@@ -42,7 +42,8 @@ class TrainingPass(NamedTuple):
 class Tokenizer(nn.Module):
     """Images to discrete tokens and back. Comes from ``tv.load``; ``from_config`` builds an untrained one.
 
-    ``config`` is the table of plain values that rebuilds it: ``name`` and one table per part.
+    ``config`` is the table of plain values that rebuilds it: ``name``, one table per part, and ``codes`` where its
+    tokens are those of another tokenizer.
     """
 
     def __init__(
@@ -67,13 +68,18 @@ class Tokenizer(nn.Module):
             raise ConfigError(f"a tokenizer's config needs {', '.join(missing)}")
         types = {"canvas": Canvas, "encoder": Encoder, "quantizer": Quantizer, "decoder": Decoder}
         parts = {part: build(kind, config[part], part) for part, kind in types.items()}
-        return cls(**parts, config={key: config[key] for key in ("name", *PARTS)})
+        return cls(**parts, config={key: config[key] for key in ("name", "codes", *PARTS) if key in config})
 
     # What it is
 
     @property
     def name(self) -> str:
         return self.config["name"]
+
+    @property
+    def codes(self) -> str:
+        """The name its tokens carry: its own, or that of the tokenizer whose encoder and codebook it shares."""
+        return self.config.get("codes", self.name)
 
     @property
     def image_size(self) -> int:
@@ -142,7 +148,7 @@ class Tokenizer(nn.Module):
         lengths = self._lengths(n_tokens, len(items))
         n = max(lengths)
         ids = []
-        with _at_rest(self.quantizer):
+        with _at_rest(self.encoder, self.quantizer):
             for batch in _chunks(items, batch_size):
                 x = torch.stack([self.canvas.fit(load_image(item), resize).to(self.device) for item in batch])
                 z = self.encoder(self.canvas.read(x).to(self.dtype), n)
@@ -153,7 +159,7 @@ class Tokenizer(nn.Module):
             past = torch.arange(n, device=self.device) >= ragged[:, None]
             all_ids = all_ids.masked_fill(past[..., None], -1)
         return Tokens(
-            all_ids, codebook_sizes=self.codebook_sizes, tokenizer=self.name, lengths=ragged, nested=self.nested
+            all_ids, codebook_sizes=self.codebook_sizes, tokenizer=self.codes, lengths=ragged, nested=self.nested
         )
 
     @torch.no_grad()
@@ -187,7 +193,7 @@ class Tokenizer(nn.Module):
 
     def tokens_from_sequence(self, ids: Tensor, pad: int | None = None) -> Tokens:
         """The inverse of ``Tokens.to_sequence``: int64 b (n k), or (n k) for one image. Raises ``ValueError``."""
-        return Tokens.from_sequence(ids, self.codebook_sizes, self.name, pad=pad, nested=self.nested)
+        return Tokens.from_sequence(ids, self.codebook_sizes, self.codes, pad=pad, nested=self.nested)
 
     # Training and files
 
@@ -297,13 +303,14 @@ class Tokenizer(nn.Module):
     def _own(self, tokens: Tokens | Tensor) -> Tokens:
         """``tokens`` as Tokens of this tokenizer, or ``ValueError``."""
         if isinstance(tokens, Tensor):
-            tokens = Tokens(tokens, codebook_sizes=self.codebook_sizes, tokenizer=self.name, nested=self.nested)
+            tokens = Tokens(tokens, codebook_sizes=self.codebook_sizes, tokenizer=self.codes, nested=self.nested)
         if not isinstance(tokens, Tokens):
             raise ValueError(f"decode takes Tokens or a tensor of ids b n k, got {type(tokens).__name__}")
-        if tokens.tokenizer != self.name or tokens.codebook_sizes != self.codebook_sizes:
+        if tokens.tokenizer != self.codes or tokens.codebook_sizes != self.codebook_sizes:
             raise ValueError(
                 f"these tokens are of {tokens.tokenizer!r} with codebooks {tokens.codebook_sizes}; this tokenizer is "
-                f"{self.name!r} with {self.codebook_sizes}. Decode them with the tokenizer that made them"
+                f"{self.name!r}, which decodes {self.codes!r} with {self.codebook_sizes}. "
+                f"Decode them with the tokenizer that made them"
             )
         n = tokens.ids.shape[1]
         if n > self.max_tokens:
@@ -332,14 +339,16 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -
 
 
 @contextmanager
-def _at_rest(quantizer: Quantizer) -> Iterator[None]:
-    """In eval mode for the block: in training, a codebook of moving averages learns from all that it is shown."""
-    training = quantizer.training
-    quantizer.eval()
+def _at_rest(*parts: nn.Module) -> Iterator[None]:
+    """In eval mode for the block: in training, running averages and codebooks learn from all that they are shown."""
+    modes = {module: module.training for part in parts for module in part.modules()}
+    for part in parts:
+        part.eval()
     try:
         yield
     finally:
-        quantizer.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -259,11 +261,11 @@ def _centre(picture: Image.Image, size: int) -> np.ndarray:
 
 @contextmanager
 def _hold_interrupts() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block; workers forked inside never see it, not even while they start."""
+    """Ctrl-C and SIGTERM wait until the end of the block; workers forked inside never see them, not even early on."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -274,6 +276,19 @@ def _init_worker(_: int) -> None:
     # Ctrl-C reaches every process of the terminal; the training process ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    if hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    """Only the training process' own SIGTERM ends a worker; ``timeout`` and job schedulers send it to all processes.
+
+    A worker that it ended would take the training process down before the last checkpoint is written.
+    """
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _check_whole(least: int, **values: int) -> None:

@@ -335,6 +335,8 @@ def untrained(config: TrainConfig) -> Tokenizer:
     for part in ("canvas", *init.parts):
         if table.setdefault(part, source.config[part]) != source.config[part]:
             raise ConfigError(f"tokenizer.{part} differs from that of {init.tokenizer}, which init takes; leave it out")
+    if init.freeze and {"encoder", "quantizer"} <= set(init.parts):
+        table["codes"] = source.codes  # the same ids: either decodes the other's files
     tokenizer = Tokenizer.from_config(table)
     for part in init.parts:
         getattr(tokenizer, part).load_state_dict(getattr(source, part).state_dict())
@@ -390,7 +392,7 @@ class Journal:
         self.board.close()
 
     def say(self, text: str) -> None:
-        self.progress.console.print(text, markup=False, highlight=False)
+        self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, step: int, scalars: dict[str, float], *, write: bool) -> None:
         speed = (step - self.start) * self.batch_size / (time.monotonic() - self.began)

@@ -79,7 +79,7 @@ class Standard(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z: b n d, of the first n tokens."""
         n = z.shape[1]
-        mean, variance = self.mean[:n].float().flatten(), self.variance[:n].float().flatten()
+        mean, variance = (table[:n].float().flatten().clone() for table in (self.mean, self.variance))
         out = F.batch_norm(z.float().flatten(1), mean, variance, training=self.training, momentum=0.02)
         if self.training:
             self.mean[:n], self.variance[:n] = mean.view(n, -1), variance.view(n, -1)

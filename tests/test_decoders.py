@@ -1,0 +1,598 @@
+"""Every decoder keeps the contract of decoders/base.py; samplers, guidance and the canvas keep their own formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenizers_vis.config import ConfigError, build
+from tokenizers_vis.decoders import DECODERS
+from tokenizers_vis.decoders.base import Decoder
+from tokenizers_vis.decoders.canvas import Canvas, Pixels, fit
+from tokenizers_vis.decoders.flow import SMALLEST_T, FlowDecoder
+from tokenizers_vis.decoders.guidance import adaptive_projected, classifier_free
+from tokenizers_vis.decoders.paths import euler, heun, interpolate, logit_normal, uniform_times
+from tokenizers_vis.decoders.transformer import (
+    patchify,
+    prefix_mask,
+    scattered,
+    sincos,
+    sincos_2d,
+    time_features,
+    unpatchify,
+)
+
+SHAPE = {"dim": 5, "max_tokens": 6, "size": 16, "patch": 8, "width": 32, "depth": 2, "heads": 2}
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def decoder(kind: str, **changes) -> Decoder:
+    """In eval mode. A flow decoder starts with zeros in its last layers, so all weights are drawn again."""
+    made = build(Decoder, {"kind": kind, **SHAPE, **({"steps": 2} if kind == "flow" else {}), **changes}).eval()
+    if kind == "flow":
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                if "modulation" in name or "to_patches" in name:
+                    parameter.normal_(std=0.2)
+    return made
+
+
+def flow(**changes) -> FlowDecoder:
+    return decoder("flow", **changes)
+
+
+@pytest.fixture
+def codes() -> Tensor:
+    return torch.randn(4, 6, 5)
+
+
+# -- what every decoder does
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@torch.no_grad()
+def test_every_prefix_decodes(kind, codes):
+    made = decoder(kind)
+    whole = made(codes)
+    for n in range(1, 7):
+        y = made(codes[:, :n])
+        assert y.shape == (4, 3, 16, 16) and y.dtype == torch.float32 and y.isfinite().all()
+        assert (n == 6) == torch.equal(y, whole)  # each token counts
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@torch.no_grad()
+def test_a_ragged_batch_is_its_images_one_by_one(kind, codes):
+    made = decoder(kind)
+    lengths = [6, 1, 3, 5]
+    ragged = made(codes, torch.tensor(lengths))
+    alone = torch.cat([made(codes[i : i + 1, :n]) for i, n in enumerate(lengths)])
+    torch.testing.assert_close(ragged, alone, **CLOSE)
+    beyond = codes.clone()
+    beyond[1, 1:] = 1e3
+    torch.testing.assert_close(made(beyond, torch.tensor(lengths)), ragged, **CLOSE)
+    torch.testing.assert_close(made(codes, torch.full((4,), 6)), made(codes), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_the_gradient_reaches_codes_and_parameters(kind, codes):
+    made = decoder(kind)
+    codes.requires_grad_(True)
+    done = made.loss(codes, torch.randn(4, 3, 16, 16))
+    assert done.loss.shape == () and done.estimate.shape == (4, 3, 16, 16) and done.weight.shape == (4,)
+    assert ((done.weight >= 0) & (done.weight <= 1)).all()
+    (done.loss + done.estimate.square().mean()).backward()
+    assert (codes.grad.abs().sum(dim=-1) > 0).any(dim=0).all()  # every place among the tokens
+    for name, parameter in made.named_parameters():
+        if name != "null_token":  # only where an image was dropped
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_a_ragged_loss_gives_no_gradient_past_the_length(kind, codes):
+    made = decoder(kind, **({"null_rate": 0.0} if kind == "flow" else {}))
+    codes.requires_grad_(True)
+    lengths = torch.tensor([6, 1, 3, 5])
+    made.loss(codes, torch.randn(4, 3, 16, 16), lengths).loss.backward()
+    moved = codes.grad.abs().sum(dim=-1) > 0
+    assert torch.equal(moved, torch.arange(6) < lengths[:, None])
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("shape", [(4, 7, 5), (4, 0, 5), (4, 6, 4), (6, 5), (4, 6, 5, 1)], ids=str)
+def test_codes_of_another_shape_are_refused(kind, shape):
+    made = decoder(kind)
+    with pytest.raises(ValueError, match=r"takes codes b n 5 with n from 1 to 6, got \("):
+        made(torch.zeros(shape))
+    with pytest.raises(ValueError, match="takes codes b n 5"):
+        made.loss(torch.zeros(shape), torch.zeros(4, 3, 16, 16))
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@torch.no_grad()
+def test_it_runs_in_bfloat16(kind, codes):
+    made = decoder(kind)
+    exact = made(codes)
+    rough = made.to(torch.bfloat16)(codes)
+    torch.testing.assert_close(rough.float(), exact, rtol=0.15, atol=0.15)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@torch.no_grad()
+def test_options(kind, codes):
+    for changes in ({"mlp": "gelu"}, {"qk_norm": False}, {"channels": 2}, {"patch": 4}):
+        assert decoder(kind, **changes)(codes).shape == (4, changes.get("channels", 3), 16, 16)
+    with pytest.raises(ConfigError, match="size 16 is not a multiple of patch 5"):
+        decoder(kind, patch=5)
+
+
+# -- the one-pass decoder
+
+
+@pytest.mark.parametrize(
+    "option", ["steps", "guidance", "guidance_kind", "solver", "generator", "noise", "temperature"]
+)
+def test_a_one_pass_decoder_takes_no_option(option, codes):
+    with pytest.raises(ValueError, match=f"takes no sampling options, got {option}"):
+        decoder("vit")(codes, **{option: 1})
+
+
+def test_the_loss_of_a_one_pass_decoder(codes):
+    target = torch.randn(4, 3, 16, 16)
+    for objective, formula in (("l1", F.l1_loss), ("l2", F.mse_loss)):
+        made = decoder("vit", objective=objective)
+        done = made.loss(codes, target)
+        assert torch.equal(done.estimate, made(codes)) and (done.weight == 1).all()
+        torch.testing.assert_close(done.loss, formula(made(codes), target))
+
+
+# -- samplers
+
+
+def test_interpolate_and_times():
+    picture, noise = torch.randn(3, 2, 4, 4), torch.randn(3, 2, 4, 4)
+    x = interpolate(picture, noise, torch.tensor([0.0, 0.25, 1.0]))
+    assert torch.equal(x[0], picture[0]) and torch.equal(x[2], noise[2])
+    torch.testing.assert_close(x[1], 0.75 * picture[1] + 0.25 * noise[1])
+    assert uniform_times(4).tolist() == [1, 0.75, 0.5, 0.25, 0]
+    t = logit_normal(5000, 0.5, 0.8, torch.device("cpu"))
+    assert 0 < t.min() and t.max() < 1
+    assert abs(t.logit().mean() - 0.5) < 0.05 and abs(t.logit().std() - 0.8) < 0.05
+
+
+@pytest.mark.parametrize("solver", [euler, heun])
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_a_straight_path_is_walked_exactly(solver, steps):
+    picture, noise = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
+    end = solver(lambda x, t: noise - picture, noise, uniform_times(steps).double())
+    torch.testing.assert_close(end, picture, rtol=0, atol=1e-7)  # times are float32
+
+
+def test_euler_by_hand():
+    # dx/dt = x backwards over two steps of a half: each step takes half away.
+    assert euler(lambda x, t: x, torch.tensor([8.0]), uniform_times(2)).tolist() == [2.0]
+
+
+def test_heun_by_hand():
+    # First step: (8 + 4) / 2 * 0.5 = 3 taken away; the last one is Euler's.
+    assert heun(lambda x, t: x, torch.tensor([8.0]), uniform_times(2)).tolist() == [2.5]
+
+
+def test_a_sampler_asks_at_the_right_times():
+    asked: list[float] = []
+
+    def velocity(x, t):
+        asked.append(t.item())
+        return x
+
+    euler(velocity, torch.ones(1), uniform_times(4))
+    assert asked == [1, 0.75, 0.5, 0.25]
+    asked.clear()
+    heun(velocity, torch.ones(1), uniform_times(4))
+    assert asked == [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_heun_is_more_accurate_than_euler_on_a_curve():
+    start = torch.ones(1, dtype=torch.float64)
+    # dx/dt = x cos(3 t): x(0) = x(1) exp(-sin(3) / 3).
+    exact = math.exp(-math.sin(3) / 3)
+    errors = {
+        solver: [
+            abs(
+                solver(lambda x, t: x * torch.cos(3 * t), start, torch.linspace(1, 0, n + 1, dtype=torch.float64))
+                - exact
+            ).item()
+            for n in (10, 20, 40)
+        ]
+        for solver in (euler, heun)
+    }
+    assert all(h < e / 3 for h, e in zip(errors[heun], errors[euler], strict=True))
+    assert 1.7 < errors[euler][1] / errors[euler][2] < 2.3  # first order
+
+
+# -- guidance
+
+
+def test_classifier_free_guidance_is_its_formula():
+    c, u = torch.randn(2, 3, 2, 4, 4)
+    torch.testing.assert_close(classifier_free(c, u, 1.0), c)
+    assert torch.equal(classifier_free(c, u, 0.0), u)
+    torch.testing.assert_close(classifier_free(c, u, 2.5), 2.5 * c - 1.5 * u)
+
+
+def test_adaptive_projected_guidance():
+    c, u = torch.randn(2, 3, 2, 4, 4, dtype=torch.float64)
+    same, difference = adaptive_projected(c, u, 1.0, None)
+    assert torch.equal(same, c)
+    assert torch.equal(difference, c - u)
+
+    # What is added is orthogonal to the conditional prediction, image by image.
+    guided, _ = adaptive_projected(c, u, 3.0, None)
+    added = guided - c
+    assert (added * c).sum(dim=(1, 2, 3)).abs().max() < 1e-9
+    assert added.norm() > 1
+
+    # Limited to a norm of 2.5 per image; a short difference is left as it is.
+    far, _ = adaptive_projected(c, c - 1000 * (c - u), 2.0, None, threshold=2.5)
+    norms = (far - c).flatten(1).norm(dim=1)
+    assert (norms <= 2.5 + 1e-9).all() and (norms > 1).all()
+    for scale in (1e-3, 1e-2):  # within the threshold: linear
+        near, _ = adaptive_projected(c, c - scale * (c - u), 2.0, None)
+        small, _ = adaptive_projected(c, c - scale / 2 * (c - u), 2.0, None)
+        torch.testing.assert_close(near - c, 2 * (small - c))
+
+    # The same, one image at a time.
+    alone = torch.cat([adaptive_projected(c[i : i + 1], u[i : i + 1], 3.0, None)[0] for i in range(3)])
+    torch.testing.assert_close(guided, alone)
+
+
+def test_the_momentum_of_adaptive_projected_guidance():
+    c, u, previous = torch.randn(3, 3, 2, 4, 4, dtype=torch.float64)
+    guided, difference = adaptive_projected(c, u, 3.0, previous, momentum=-0.5)
+    torch.testing.assert_close(difference, c - u - 0.5 * previous)
+    # As if the difference had been that one from the start.
+    torch.testing.assert_close(guided, adaptive_projected(c, c - difference, 3.0, None)[0])
+    assert (guided - adaptive_projected(c, u, 3.0, None)[0]).abs().max() > 1e-2
+
+
+def test_a_parallel_difference_adds_nothing_and_zeros_make_no_nan():
+    c = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(adaptive_projected(c, 0.5 * c, 5.0, None)[0], c)
+    zero = torch.zeros(2, 3, 4, 4)
+    assert torch.equal(adaptive_projected(zero, zero, 5.0, None)[0], zero)
+
+
+# -- sampling from the flow decoder
+
+
+@torch.no_grad()
+def test_guidance_in_sampling(codes):
+    made = flow()
+    plain = made(codes)
+    for kind in ("cfg", "apg"):
+        assert torch.equal(made(codes, guidance=1, guidance_kind=kind), plain)
+        assert (made(codes, guidance=3.0, guidance_kind=kind) - plain).abs().max() > 1e-3
+    cfg, apg = (made(codes, guidance=3.0, guidance_kind=kind) for kind in ("cfg", "apg"))
+    assert not torch.allclose(cfg, apg)
+    # With scale 0 the tokens say nothing any more.
+    torch.testing.assert_close(made(codes, guidance=0), made(torch.randn_like(codes), guidance=0), **CLOSE)
+    # One Euler step of guided velocity by hand: x - v.
+    noise = torch.randn(4, 3, 16, 16)
+    c = noise - made(codes, steps=1, noise=noise)
+    u = noise - made(codes, steps=1, noise=noise, guidance=0)
+    expected = noise - classifier_free(c, u, 2.0)
+    torch.testing.assert_close(made(codes, steps=1, noise=noise, guidance=2.0), expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_adaptive_guidance_carries_its_momentum_from_step_to_step(codes):
+    made, noise = flow(), torch.randn(4, 3, 16, 16)
+    tokens, mask = made._tokens(codes, None)
+    nothing = made.null_token.expand(4, 1, -1)
+    x, previous = noise, None
+    for t in (1.0, 0.5):
+        time = torch.full((4,), t)
+        c, u = made._velocity(x, time, tokens, mask), made._velocity(x, time, nothing, None)
+        v, previous = adaptive_projected(c, u, 3.0, previous)
+        x = x - 0.5 * v
+    options = {"guidance": 3.0, "guidance_kind": "apg", "noise": noise, "steps": 2}
+    torch.testing.assert_close(made(codes, **options), x, **CLOSE)
+    torch.testing.assert_close(made(codes, **options), made(codes, **options))  # and not from call to call
+
+
+@torch.no_grad()
+def test_defaults_are_the_constructor_s_and_options_win(codes):
+    made = flow(steps=3, guidance=2.0, guidance_kind="apg", solver="heun")
+    said = {"steps": 3, "guidance": 2.0, "guidance_kind": "apg", "solver": "heun"}
+    assert torch.equal(made(codes), made(codes, **said))
+    for change in ({"steps": 4}, {"guidance": 3.0}, {"guidance_kind": "cfg"}, {"solver": "euler"}):
+        assert not torch.allclose(made(codes), made(codes, **change))
+
+
+@pytest.mark.parametrize("how", ["default", "generator", "noise"])
+@torch.no_grad()
+def test_the_same_seed_is_the_same_picture_on_every_batch_split(how, codes):
+    made = flow()
+    noise = torch.randn(4, 3, 16, 16)
+
+    def sample(*splits):
+        generator = torch.Generator().manual_seed(5)
+        start, parts = 0, []
+        for size in splits:
+            rows = slice(start, start + size)
+            options = {"default": {}, "generator": {"generator": generator}, "noise": {"noise": noise[rows]}}[how]
+            parts.append(made(codes[rows], **options))
+            start += size
+        return torch.cat(parts)
+
+    whole = sample(4)
+    assert torch.equal(whole, sample(4))
+    for splits in ((1, 1, 1, 1), (3, 1), (2, 2)):
+        torch.testing.assert_close(sample(*splits), whole, **CLOSE)
+    same = codes[:1].expand(2, -1, -1)
+    starts_alike = torch.allclose(*made(same, **({"generator": torch.Generator()} if how == "generator" else {})))
+    assert starts_alike == (how != "generator")
+
+
+@torch.no_grad()
+def test_sampling_leaves_the_global_random_state_alone(codes):
+    made = flow()
+    state = torch.get_rng_state()
+    made(codes)
+    made(codes, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": 3}, "no option step; it takes steps"),
+        ({"steps": 0}, "steps is a whole number from 1, got 0"),
+        ({"steps": -1}, "steps is a whole number"),
+        ({"steps": 2.0}, "steps is a whole number"),
+        ({"steps": True}, "steps is a whole number"),
+        ({"steps": None}, "steps is a whole number"),
+        ({"guidance": "3"}, "guidance is a number"),
+        ({"guidance": None}, "guidance is a number"),
+        ({"guidance": math.nan}, "guidance is a number"),
+        ({"guidance_kind": "cgf"}, "guidance_kind is 'cfg' or 'apg'"),
+        ({"solver": "rk4"}, "solver is 'euler' or 'heun'"),
+        ({"noise": torch.zeros(3, 3, 16, 16)}, r"noise is \(4, 3, 16, 16\).*got \(3, 3, 16, 16\)"),
+        ({"noise": torch.zeros(4, 3, 16, 8)}, "noise is"),
+        ({"noise": torch.zeros(3, 16, 16)}, "noise is"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_wrong_options_are_refused(options, message, codes):
+    with pytest.raises(ValueError, match=message):
+        flow()(codes, **options)
+
+
+def test_guidance_needs_a_null_token(codes):
+    made = flow(null_rate=0.0)
+    assert made(codes, guidance=1).shape == (4, 3, 16, 16)
+    with pytest.raises(ValueError, match="guidance must be 1"):
+        made(codes, guidance=2.0)
+
+
+# -- the loss of the flow decoder
+
+
+class Knows(torch.nn.Module):
+    """In the place of the last layer: a network that gives the patches of one picture, whatever it is shown."""
+
+    def __init__(self, picture: Tensor, patch: int) -> None:
+        super().__init__()
+        self.patches = patchify(picture, patch)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.patches
+
+
+@pytest.mark.parametrize("time_mean", [0.0, -4.0])  # with -4 most times are below the cap
+def test_a_perfect_picture_has_no_loss(time_mean, codes):
+    target = torch.randn(4, 3, 16, 16)
+    made = flow(predict="picture", time_mean=time_mean)
+    made.to_patches = Knows(target, made.patch)
+    for _ in range(5):
+        done = made.loss(codes, target)
+        assert done.loss < 1e-8
+        late = done.weight < 1 - 2 * SMALLEST_T
+        torch.testing.assert_close(done.estimate[late], target[late], rtol=1e-4, atol=1e-4)
+    # And sampling ends in that very picture.
+    torch.testing.assert_close(made(codes, steps=7, solver="euler"), target, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("time_mean", [0.0, -4.0])
+def test_a_perfect_velocity_has_no_loss(time_mean, codes, monkeypatch):
+    target = torch.randn(4, 3, 16, 16)
+    made = flow(predict="velocity", time_mean=time_mean)
+
+    def perfect(x, t, tokens, mask):
+        return (x - target) / t.view(-1, 1, 1, 1)
+
+    monkeypatch.setattr(made, "_velocity", perfect)
+    for _ in range(5):
+        done = made.loss(codes, target)
+        assert done.loss < 1e-8
+        torch.testing.assert_close(done.estimate, target, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made(codes, steps=7), target, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("predict", ["velocity", "picture"])
+def test_the_loss_is_the_mean_square_of_the_velocity(predict, codes, monkeypatch):
+    target = torch.randn(4, 3, 16, 16)
+    made = flow(predict=predict, null_rate=0.0, time_mean=2.0)
+    seen = {}
+    original = made._velocity
+
+    def listen(x, t, tokens, mask):
+        seen.update(x=x, t=t.view(-1, 1, 1, 1), v=original(x, t, tokens, mask))
+        return seen["v"]
+
+    monkeypatch.setattr(made, "_velocity", listen)
+    done = made.loss(codes, target)
+    noise = (seen["x"] - (1 - seen["t"]) * target) / seen["t"]
+    torch.testing.assert_close(done.loss, (seen["v"] - (noise - target)).square().mean(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(done.estimate, seen["x"] - seen["t"] * seen["v"])
+    torch.testing.assert_close(done.weight, 1 - seen["t"].flatten())
+
+
+@pytest.mark.parametrize("lengths", [None, [6, 1, 3, 5]], ids=["all", "ragged"])
+def test_a_dropped_image_ignores_its_tokens(lengths, codes):
+    target = torch.randn(4, 3, 16, 16)
+    lengths = None if lengths is None else torch.tensor(lengths)
+
+    def loss(made, codes):
+        torch.manual_seed(7)
+        return made.loss(codes, target, lengths)
+
+    dropped = flow(null_rate=1.0)
+    first, second = loss(dropped, codes), loss(dropped, torch.randn(4, 6, 5))
+    assert torch.equal(first.loss, second.loss) and torch.equal(first.estimate, second.estimate)
+    assert (first.weight == 0).all()
+    kept = flow(null_rate=0.0)
+    assert not torch.equal(loss(kept, codes).estimate, loss(kept, torch.randn(4, 6, 5)).estimate)
+
+
+@torch.no_grad()
+def test_a_dropped_image_is_the_unconditional_branch(codes):
+    made = flow()
+    x, t = torch.randn(4, 3, 16, 16), torch.rand(4)
+    tokens, mask = made._tokens(codes, None)
+    tokens, mask = made._drop(tokens, mask, torch.tensor([True, False, True, False]))
+    mixed = made._velocity(x, t, tokens, mask)
+    alone = made._velocity(x, t, made.null_token.expand(4, 1, -1), None)
+    kept = made._velocity(x, t, *made._tokens(codes, None))
+    torch.testing.assert_close(mixed, torch.stack([alone[0], kept[1], alone[2], kept[3]]), **CLOSE)
+
+
+# -- patches and positions
+
+
+def test_patchify_and_back():
+    x = torch.arange(2 * 3 * 8 * 12.0).reshape(2, 3, 8, 12)
+    patches = patchify(x, 4)
+    assert patches.shape == (2, 6, 48)
+    assert torch.equal(unpatchify(patches, 4, 2), x)
+    # Patches row by row; within one, pixels row by row, channels last.
+    assert torch.equal(patches[1, 4].reshape(4, 4, 3), x[1, :, 4:8, 4:8].permute(1, 2, 0))
+
+
+def test_sine_cosine_positions():
+    table = sincos_2d(3, 5, 16)
+    assert table.shape == (15, 16) and table.dtype == torch.float32
+    grid = table.reshape(3, 5, 16)
+    assert (grid[:, :, :8] == grid[:, :1, :8]).all() and (grid[:, :, 8:] == grid[:1, :, 8:]).all()
+    torch.testing.assert_close(grid[2, 3, [0, 4, 8, 12]], torch.tensor([2.0, 2, 3, 3]).sin().where(
+        torch.tensor([True, False, True, False]), torch.tensor([2.0, 2, 3, 3]).cos()))  # fmt: skip
+    assert len(table.unique(dim=0)) == 15
+    with pytest.raises(ValueError, match="multiple of 4, got 18"):
+        sincos_2d(3, 5, 18)
+
+
+def test_scattered_positions_begin_at_places_that_are_spread_evenly():
+    table = scattered(64, 8, 32)
+    assert table.shape == (64, 32) and table.requires_grad
+    # The nearest of the grid's 64 vectors tells each one's place; each quarter of the grid has a quarter of a prefix.
+    nearest = torch.cdist(table.detach(), sincos_2d(8, 8, 32)).argmin(dim=1)
+    quarter = nearest // 8 // 4 * 2 + nearest % 8 // 4
+    for n in (8, 16, 32, 64):
+        assert quarter[:n].bincount(minlength=4).sub(n / 4).abs().max() <= 1 + n / 16
+    assert len(nearest.unique()) > 40
+    torch.testing.assert_close(sincos(torch.tensor([[2, 3]]), 16), sincos_2d(3, 5, 16)[13:14])
+
+
+def test_queries_and_keys_start_equal():
+    for block in decoder("vit").transformer.blocks:
+        queries, keys, values = block.attention.qkv.weight.chunk(3)
+        assert torch.equal(queries, keys) and not torch.equal(keys, values)
+
+
+def test_time_features():
+    features = time_features(torch.tensor([0.0, 0.001, 1.0]), 8)
+    assert features[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    torch.testing.assert_close(features[1, [0, 4]], torch.tensor([math.cos(1), math.sin(1)]))
+    torch.testing.assert_close(features[2, 1], torch.tensor(100.0).cos())  # 1000 / 10000^(1/4)
+
+
+def test_the_prefix_mask_by_hand():
+    assert prefix_mask(None, 3, 2) is None
+    mask = prefix_mask(torch.tensor([1, 3]), 3, before=2)
+    assert mask.shape == (2, 1, 1, 5)
+    assert mask[:, 0, 0].int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+
+
+# -- the canvas
+
+WIDE = torch.arange(12.0).div(11).expand(3, 4, 12)  # 4 x 12, brightness grows to the right
+
+
+def test_crop_keeps_the_middle():
+    assert torch.equal(fit(WIDE, 4, "crop"), WIDE[:, :, 4:8])
+    assert torch.equal(fit(WIDE.mT, 4, "crop"), WIDE.mT[:, 4:8])
+    # Enlarged twofold: still the middle.
+    big = fit(WIDE, 8, "crop")
+    assert big.shape == (3, 8, 8)
+    torch.testing.assert_close(big.mean(), WIDE[:, :, 4:8].mean(), atol=1e-3, rtol=0)
+
+
+def test_pad_keeps_all_between_grey():
+    image = fit(WIDE, 12, "pad")
+    assert torch.equal(image[:, 4:8], WIDE)
+    assert (image[:, :4] == 0.5).all() and (image[:, 8:] == 0.5).all()
+    assert torch.equal(fit(WIDE.mT, 12, "pad"), image.mT)
+    odd = fit(torch.ones(3, 3, 6), 6, "pad")[0, :, 0]  # 3 grey rows cannot be halved
+    assert odd.tolist() in ([0.5, 1, 1, 1, 0.5, 0.5], [0.5, 0.5, 1, 1, 1, 0.5])
+    small = fit(WIDE, 6, "pad")
+    assert small.shape == (3, 6, 6) and (small[:, [0, 1, 4, 5]] == 0.5).all() and (small[:, 2:4] != 0.5).all()
+
+
+def test_exact_stretches():
+    image = fit(WIDE, 6, "exact")
+    assert image.shape == (3, 6, 6)
+    torch.testing.assert_close(image.mean(), WIDE.mean(), atol=1e-3, rtol=0)
+    assert (image[:, :, 1:] > image[:, :, :-1]).all()
+    torch.testing.assert_close(fit(WIDE.mT, 6, "exact"), image.mT)
+
+
+@pytest.mark.parametrize("how", ["crop", "pad", "exact"])
+@pytest.mark.parametrize("size", [(9, 9), (5, 30), (30, 5), (1, 40), (40, 1), (1, 1), (9, 10), (63, 64), (300, 7)])
+def test_every_shape_fits(how, size):
+    pixels = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    image = fit(pixels, 9, how)
+    assert image.shape == (3, 9, 9) and image.dtype == torch.float32
+    assert image.min() >= 0 and image.max() <= 1
+    torch.testing.assert_close(fit(pixels.float() / 255, 9, how), image, rtol=0, atol=1e-6)
+    torch.testing.assert_close(fit(pixels.double() / 255, 9, how), image, rtol=0, atol=1e-6)
+    if size == (9, 9):
+        assert torch.equal(image, pixels.float() / 255)
+
+
+def test_a_flat_picture_stays_flat():
+    for how in ("crop", "exact"):
+        torch.testing.assert_close(fit(torch.full((3, 37, 50), 0.3), 16, how), torch.full((3, 16, 16), 0.3))
+
+
+def test_the_canvas_chooses_how_and_the_call_may_choose_otherwise():
+    canvas = build(Canvas, {"kind": "pixels", "size": 12, "resize": "pad"})
+    assert isinstance(canvas, Pixels) and canvas.image_size == 12
+    assert torch.equal(canvas.fit(WIDE), fit(WIDE, 12, "pad"))
+    assert torch.equal(canvas.fit(WIDE, "exact"), fit(WIDE, 12, "exact"))
+    assert torch.equal(build(Canvas, {"kind": "pixels", "size": 12}).fit(WIDE), fit(WIDE, 12, "crop"))
+    with pytest.raises(ValueError, match="resize is one of crop, pad, exact; got 'stretch'"):
+        canvas.fit(WIDE, "stretch")
+    with pytest.raises(ConfigError, match="resize is one of"):
+        build(Canvas, {"kind": "pixels", "size": 12, "resize": "stretch"})
+
+
+def test_pixels_read_and_paint_are_inverse():
+    canvas, images = Pixels(size=4), torch.rand(2, 3, 4, 4)
+    assert torch.equal(canvas.read(images), canvas.target(images))
+    assert canvas.read(torch.tensor([0.0, 0.5, 1.0])).tolist() == [-1, 0, 1]
+    torch.testing.assert_close(canvas.paint(canvas.target(images)), images)
+    assert canvas.paint(torch.tensor([3.0])).item() == 2.0  # not clamped
