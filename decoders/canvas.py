@@ -73,6 +73,11 @@ CANVASES: dict[str, type[Canvas]] = {"pixels": Pixels}
 def fit(image: Tensor, size: int, how: Resize) -> Tensor:
     """See ``Canvas.fit``."""
     h, w = image.shape[-2:]
+    if how == "crop" and max(h, w) > 8 * min(h, w):
+        # Of a very long picture only the middle is seen: scaling up all of it would take gigabytes.
+        kept = 8 * min(h, w)
+        image = image[:, max(0, (h - kept) // 2) :, max(0, (w - kept) // 2) :][:, :kept, :kept]
+        h, w = image.shape[-2:]
     image = image.float() / 255 if not image.is_floating_point() else image.float()
     if how == "exact":
         new_h, new_w = size, size

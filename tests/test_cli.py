@@ -482,7 +482,7 @@ def test_train_then_use(run: Callable[..., Ended], recipe: Path, tmp_path: Path)
         ([], "give a recipe (see --list), or --resume RUN"),
         (["r.toml"], "data.train is empty: say where the images are (--data PATH)"),
         (["r.toml", "--data", "gone"], "there is nothing at 'gone'"),
-        (["r.toml", "optim.stepz=2", *DATA], "optim has no option 'stepz'|optim.stepz"),
+        (["r.toml", "optim.stepz=2", *DATA], "optim.stepz: OptimConfig has no option 'stepz'. Did you mean 'steps'?"),
         (["r.toml", "steps", *DATA], "an override reads key.sub=value, got 'steps'"),
         (["r.toml", "device=abacus", *DATA], "the device 'abacus' cannot be used here"),
         (["minni", *DATA], "there is no recipe 'minni'. Did you mean 'mini'?"),

@@ -596,3 +596,11 @@ def test_pixels_read_and_paint_are_inverse():
     assert canvas.read(torch.tensor([0.0, 0.5, 1.0])).tolist() == [-1, 0, 1]
     torch.testing.assert_close(canvas.paint(canvas.target(images)), images)
     assert canvas.paint(torch.tensor([3.0])).item() == 2.0  # not clamped
+
+
+def test_a_very_long_picture_is_cut_before_it_is_scaled():
+    image = torch.rand(3, 2, 4000)
+    seen = Pixels(size=16).fit(image)
+    assert seen.shape == (3, 16, 16)
+    # The middle 2 x 2 pixels, with what the bicubic filter sees around them.
+    torch.testing.assert_close(seen, Pixels(size=16).fit(image[:, :, 1990:2010]))

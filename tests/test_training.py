@@ -294,6 +294,10 @@ def test_resume_is_exact(
 def steps_on_board(folder: Path, tag: str) -> list[int]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    # TensorBoard sorts files by the second and then by a counter, as text: 10 would come before 9.
+    files = sorted((folder / "tensorboard").iterdir(), key=lambda file: int(file.name.rpartition(".")[2]))
+    for i, file in enumerate(files):
+        file.rename(file.with_name(f"events.out.tfevents.{i:04}.{i}"))
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     return [event.step for event in events.Scalars(tag)]

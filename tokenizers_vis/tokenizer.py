@@ -209,16 +209,19 @@ class Tokenizer(nn.Module):
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes one safetensors file with the config as JSON in its header.
 
-        dtype: of the stored floats (torch.float16 halves the file); None keeps each as it is.
+        dtype: of the stored floats (torch.float16 halves the file); None keeps each as it is. A tensor that holds
+            larger numbers than the dtype can, such as the counts of a long training, is kept as it is too.
         The file appears whole or not at all.
         """
         from safetensors.torch import save_file
 
-        state = {
-            # Cloned, because safetensors refuses tensors that share memory, as the levels of a residual quantizer may.
-            key: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().clone().contiguous()
-            for key, value in self.state_dict().items()
-        }
+        def stored(value: Tensor) -> Tensor:
+            if dtype and value.is_floating_point() and value.abs().amax() <= torch.finfo(dtype).max:
+                value = value.to(dtype)
+            # Cloned, because safetensors refuses tensors that share memory, as levels of a residual quantizer may.
+            return value.detach().cpu().clone().contiguous()
+
+        state = {key: stored(value) for key, value in self.state_dict().items()}
         header = {"format": "tokenizers_vis", "version": "1", "config": json.dumps(self.config)}
         write_atomically(Path(path), lambda target: save_file(state, target, metadata=header))
 
