@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("tokenizers", nargs="+", metavar="TOKENIZER", help="preset, checkpoint file or run folder")
     parser.add_argument("--data", required=True, metavar="VAL", help="folder of images, or .tar shards")
     parser.add_argument("--images", type=int, default=500, help="how many, evenly spaced over VAL (default: 500)")
+    parser.add_argument("--tokens", type=int, nargs="+", help="numbers of tokens (default: 1, 2, 4 ... all)")
     parser.add_argument("--net", help="a perceptual distance: a timm model such as mobilenetv2_100, or lpips-vgg")
     parser.add_argument("--net-weights", default="", metavar="FILE", help="its weights; default: those of the library")
     parser.add_argument("--steps", type=int, help="sampling steps of flow decoders")
@@ -62,6 +63,9 @@ def run(options: argparse.Namespace) -> None:
     source = open_source(options.data)
     distance = perceptual(options.net, options.net_weights) if options.net else None
     loaded = [tv.load(name, "cpu") for name in options.tokenizers]
+    for tok in loaded:
+        if any(not 1 <= n <= tok.max_tokens for n in options.tokens or []):
+            raise ValueError(f"{tok.name} has 1 to {tok.max_tokens} tokens, --tokens asks for {options.tokens}")
     sampling = {key: getattr(options, key) for key in ("steps", "guidance") if getattr(options, key) is not None}
     if sampling and all(tok.decoder.one_pass for tok in loaded):
         raise ValueError("--steps and --guidance are of flow decoders, and none of these tokenizers has one")
@@ -87,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
 
         for label, tok in zip(labels, loaded, strict=True):
             tok.to(device)
-            lengths = powers_of_two(tok.max_tokens) if tok.nested else [tok.max_tokens]
+            lengths = options.tokens or (powers_of_two(tok.max_tokens) if tok.nested else [tok.max_tokens])
             own = {} if tok.decoder.one_pass else sampling
             used = CodebookUsage(tok.codebook_sizes)
             versions = reconstructions(tok, lengths, options.batch_size, own, used)
@@ -114,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
         "fingerprint": source.fingerprint,
         "images": rows[0]["images"],
         "selection": "evenly spaced over the data",
-        "preparation": "shorter side resized (bicubic; large JPEGs are decoded smaller first), centre cropped, 8 bit",
+        "preparation": "shorter side resized (bicubic, antialiased), centre cropped, 8 bit",
         "reconstructions": "rounded to 8 bit before they are judged",
         "psnr, ssim, distance": "mean over pictures; PSNR in dB, SSIM with a Gaussian window of 11",
         "gradient energy": "mean of the reconstructions' over mean of the originals': below 1 blurred, above 1 noisy",
