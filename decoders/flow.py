@@ -78,20 +78,25 @@ class FlowDecoder(Decoder):
         self.read_codes = nn.Linear(dim, width)
         self.token_positions = scattered(max_tokens, self.grid, width)
         self.null_token = learned(1, width)
-        self.read_patches = nn.Linear(patch * patch * channels, width)
+        self.mask_token = learned(1, width)
+        self.read_patches = nn.Linear(patch * patch * channels, width, bias=False)
         self.register_buffer("positions", sincos_2d(self.grid, self.grid, width), persistent=False)
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.transformer = Transformer(
             width, depth, heads, mlp=mlp, mlp_ratio=mlp_ratio, qk_norm=qk_norm, modulated=True
         )
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm = nn.LayerNorm(width)
         self.modulation = nn.Linear(width, 2 * width)
         self.to_patches = nn.Linear(width, patch * patch * channels)
-        for part in (self.read_codes, self.read_patches, self.time):
+        self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
+        for part in (self.read_codes, self.time):
             part.apply(init_linear)
-        for layer in (self.modulation, self.to_patches):
+        # It starts by listening to the tokens alone, as the one-pass decoder does, whose weights it can adopt.
+        for layer in (self.modulation, self.to_patches, self.read_patches):
             nn.init.zeros_(layer.weight)
+        for layer in (self.modulation, self.to_patches, self.smooth):
             nn.init.zeros_(layer.bias)
+        nn.init.dirac_(self.smooth.weight)
 
     def forward(self, codes: Tensor, lengths: Tensor | None = None, **sampling: Any) -> Tensor:
         """Draws pictures y: b c h w for codes: b n d.
@@ -169,12 +174,12 @@ class FlowDecoder(Decoder):
         dtype = self.null_token.dtype
         condition = self.time(time_features(t, 256).to(dtype))
         patches = self.read_patches(patchify(x, self.patch).to(dtype))
-        patches = patches + self.positions.to(patches.dtype)
+        patches = patches + (self.mask_token + self.positions).to(patches.dtype)
         sequence = torch.cat([patches, tokens.to(patches.dtype)], dim=1)
         out = self.transformer(sequence, mask, condition)[:, : patches.shape[1]]
         shift, scale = self.modulation(F.silu(condition)).unsqueeze(1).chunk(2, dim=-1)
         out = self.to_patches(modulate(self.norm(out), shift, scale))
-        out = unpatchify(out, self.patch, self.grid).float()
+        out = self.smooth(unpatchify(out, self.patch, self.grid)).float()
         if self.predict == "velocity":
             return out
         return (x - out) / t.view(-1, 1, 1, 1).clamp_min(SMALLEST_T)

@@ -110,7 +110,9 @@ class Transformer(nn.Module):
         self.apply(init_linear)
         for block in self.blocks:
             if block.modulation is not None:
+                # At first the condition changes nothing: a block is a plain one, gates open.
                 nn.init.zeros_(block.modulation.weight)
+                block.modulation.bias.data.view(6, width)[[2, 5]] = 1.0
             # Queries and keys start equal, so that things at like positions attend to each other from the first step
             # and the mean colour is soon left. Trockman and Kolter 2023, arXiv 2305.09828.
             weight = block.attention.qkv.weight.data

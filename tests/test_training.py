@@ -564,7 +564,7 @@ def test_not_a_finite_number(
         ("data.train=''", "data.train is empty.*--data"),
         ("data.train=no/such/folder", "there is nothing at 'no/such/folder'"),
         ("device=abacus", "the device 'abacus' cannot be used here"),
-        ("init.tokenizer=x", "tokenizer and parts come together"),
+        ("init.tokenizer=x", "tokenizer comes with parts or adopt"),
         ("optim", "an override reads key.sub=value"),
     ],
 )
@@ -720,3 +720,33 @@ def test_average_of_nothing_new_is_the_same() -> None:
     for step in range(50):
         average.update(model, step)
     assert torch.equal(average.model.weight, model.weight)
+
+
+def test_a_flow_decoder_adopts_what_fits_of_a_one_pass_decoder(
+    tiny: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    source = tv.Tokenizer.from_config(tiny("flextok", "fsq", "vit"))
+    source.save(tmp_path / "source.safetensors")
+    decoder = tiny("flextok", "fsq", "flow")["decoder"]
+    config = build(
+        TrainConfig,
+        {
+            "name": "adopted",
+            "tokenizer": {"decoder": decoder},
+            "init": {
+                "tokenizer": str(tmp_path / "source.safetensors"),
+                "parts": ["encoder", "quantizer"],
+                "freeze": True,
+                "adopt": ["decoder"],
+            },
+            "optim": {"steps": 1, "batch_size": 2},
+            "data": {"train": "unused"},
+        },
+    )
+    adopted = untrained(config)
+    theirs, ours = source.decoder.state_dict(), adopted.decoder.state_dict()
+    shared = [key for key in theirs if key in ours and ours[key].shape == theirs[key].shape]
+    assert "token_positions" in shared and any("attention.qkv" in key for key in shared)
+    assert all(torch.equal(ours[key], theirs[key]) for key in shared)
+    assert all(p.requires_grad for p in adopted.decoder.parameters())
+    assert adopted.codes == source.name and adopted.name == "adopted"

@@ -36,15 +36,22 @@ from tokenizers_vis.train.sources import open_source
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Parts taken from a trained tokenizer, a preset, file or run folder. ``freeze`` keeps them as they are."""
+    """What is taken from a trained tokenizer: a preset, file or run folder.
+
+    parts: taken whole, config and weights; ``freeze`` keeps them as they are.
+    adopt: parts of another architecture, which take over the weights of the same name and shape.
+    """
 
     tokenizer: str = ""
     parts: tuple[Literal["encoder", "quantizer", "decoder"], ...] = ()
     freeze: bool = False
+    adopt: tuple[Literal["encoder", "quantizer", "decoder"], ...] = ()
 
     def __post_init__(self) -> None:
-        if bool(self.tokenizer) != bool(self.parts):
-            raise ValueError("tokenizer and parts come together: which trained tokenizer, and which of its parts")
+        if bool(self.tokenizer) != bool(self.parts or self.adopt):
+            raise ValueError("tokenizer comes with parts or adopt: which trained tokenizer, and which of its parts")
+        if both := set(self.parts) & set(self.adopt):
+            raise ValueError(f"{', '.join(both)} is either taken whole (parts) or adopted, not both")
 
 
 @dataclass(frozen=True)
@@ -341,6 +348,12 @@ def untrained(config: TrainConfig) -> Tokenizer:
     for part in init.parts:
         getattr(tokenizer, part).load_state_dict(getattr(source, part).state_dict())
         getattr(tokenizer, part).requires_grad_(not init.freeze)
+    for part in init.adopt:
+        own, other = (getattr(t, part).state_dict() for t in (tokenizer, source))
+        fitting = {key: value for key, value in other.items() if key in own and own[key].shape == value.shape}
+        if not fitting:
+            raise ConfigError(f"init.adopt: the {part} of {init.tokenizer} has no weight of the same name and shape")
+        getattr(tokenizer, part).load_state_dict({**own, **fitting})
     return tokenizer
 
 
