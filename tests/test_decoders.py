@@ -396,7 +396,7 @@ class Knows(torch.nn.Module):
 @pytest.mark.parametrize("time_mean", [0.0, -4.0])  # with -4 most times are below the cap
 def test_a_perfect_picture_has_no_loss(time_mean, codes):
     target = torch.randn(4, 3, 16, 16)
-    made = flow(predict="picture", time_mean=time_mean)
+    made = flow(predict="picture", time_mean=time_mean, null_rate=0.0)
     made.to_patches = Knows(target, made.patch)
     for _ in range(5):
         done = made.loss(codes, target)
