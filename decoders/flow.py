@@ -38,6 +38,8 @@ class FlowDecoder(Decoder):
     """dim: width of a code. size: height and width of the canvas.
 
     predict: what the network gives. time_mean, time_std: of the logit-normal training times.
+    estimates: what losses on the one-step estimate weigh over time, 1 - t ("late") or 1 ("even"). "even" makes every
+        estimate a good picture by itself, which suits few steps.
     null_rate: share of training images whose tokens are replaced by the null token; 0 rules guidance out.
     steps, guidance, guidance_kind, solver: the defaults of ``forward``.
     """
@@ -61,6 +63,7 @@ class FlowDecoder(Decoder):
         predict: Literal["velocity", "picture"] = "velocity",
         time_mean: float = 0.0,
         time_std: float = 1.0,
+        estimates: Literal["late", "even"] = "late",
         null_rate: float = 0.1,
         steps: int = 25,
         guidance: float = 1.0,
@@ -72,7 +75,7 @@ class FlowDecoder(Decoder):
             raise ValueError(f"size {size} is not a multiple of patch {patch}")
         self.dim, self.max_tokens, self.patch, self.grid = dim, max_tokens, patch, size // patch
         self.shape = (channels, size, size)
-        self.predict, self.null_rate = predict, null_rate
+        self.predict, self.estimates, self.null_rate = predict, estimates, null_rate
         self.time_mean, self.time_std = time_mean, time_std
         self.defaults = dict(steps=steps, guidance=guidance, guidance_kind=guidance_kind, solver=solver)
         self.read_codes = nn.Linear(dim, width)
@@ -167,7 +170,8 @@ class FlowDecoder(Decoder):
         # A picture prediction near t = 0 is divided by t; the cap keeps those images from drowning the others.
         wanted = (x - target) / (divisor.clamp_min(SMALLEST_T) if self.predict == "picture" else divisor)
         estimate = x - divisor * velocity
-        return DecoderLoss(F.mse_loss(velocity, wanted), estimate, (1 - t) * ~dropped)
+        weight = 1 - t if self.estimates == "late" else torch.ones_like(t)
+        return DecoderLoss(F.mse_loss(velocity, wanted), estimate, weight * ~dropped)
 
     def _velocity(self, x: Tensor, t: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """x: b c h w, t: b, tokens: b n width -> velocity b c h w, float32."""
