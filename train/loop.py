@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -402,7 +402,9 @@ class Journal:
 
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
-        self.board.close()
+        # A disk too full for the board's last events must not hide the error that says so of the checkpoint.
+        with suppress(OSError):
+            self.board.close()
 
     def say(self, text: str) -> None:
         self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
