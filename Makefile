@@ -1,4 +1,4 @@
-# make demo | test | lint | wheel | clean.  Another Python: make PYTHON=python3.12 test.  Another place: make VENV=/tmp/venv test
+# make demo | test | lint | wheel | clean.  Another Python: make PYTHON=python3.12 test.  Another place: make VENV=../venv test
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
