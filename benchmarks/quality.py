@@ -25,7 +25,7 @@ from tokenizers_vis.eval.perceptual import Perceptual, perceptual
 from tokenizers_vis.eval.thumbnail import thumbnail, thumbnail_size
 from tokenizers_vis.files import write_atomically
 from tokenizers_vis.pictures import contact_sheet
-from tokenizers_vis.presets import best_device
+from tokenizers_vis.presets import usable_device
 from tokenizers_vis.train.data import val_batches
 from tokenizers_vis.train.sources import ImageSource, open_source
 
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("--steps and --guidance are of flow decoders, and none of these tokenizers has one")
     names = [tok.name for tok in loaded]
     labels = names if len(set(names)) == len(names) else options.tokenizers
-    device = torch.device(options.device) if options.device else best_device()
+    device = usable_device(options.device)
     distance = distance and distance.to(device)
     rows: list[dict[str, Any]] = []
     usage: list[dict[str, Any]] = []

@@ -19,6 +19,7 @@ from tokenizers_vis.decoders.guidance import adaptive_projected, classifier_free
 from tokenizers_vis.decoders.paths import euler, heun, interpolate, logit_normal, uniform_times
 from tokenizers_vis.decoders.transformer import (
     Transformer,
+    grid_of,
     init_linear,
     learned,
     modulate,
@@ -71,9 +72,7 @@ class FlowDecoder(Decoder):
         solver: Literal["euler", "heun"] = "euler",
     ) -> None:
         super().__init__()
-        if size % patch:
-            raise ValueError(f"size {size} is not a multiple of patch {patch}")
-        self.dim, self.max_tokens, self.patch, self.grid = dim, max_tokens, patch, size // patch
+        self.dim, self.max_tokens, self.patch, self.grid = dim, max_tokens, patch, grid_of(size, patch)
         self.shape = (channels, size, size)
         self.predict, self.estimates, self.null_rate = predict, estimates, null_rate
         self.time_mean, self.time_std = time_mean, time_std

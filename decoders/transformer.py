@@ -180,6 +180,13 @@ def time_features(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+def grid_of(size: int, patch: int) -> int:
+    """Patches along one side of a canvas; raises ``ValueError`` when they do not fill it."""
+    if size % patch:
+        raise ValueError(f"size {size} is not a multiple of patch {patch}")
+    return size // patch
+
+
 def patchify(x: Tensor, size: int) -> Tensor:
     """b c (h size) (w size) -> b (h w) (size size c)."""
     return rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=size, q=size)

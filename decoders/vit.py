@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokenizers_vis.decoders.base import Decoder, DecoderLoss
 from tokenizers_vis.decoders.transformer import (
     Transformer,
+    grid_of,
     init_linear,
     learned,
     prefix_mask,
@@ -46,9 +47,7 @@ class ViTDecoder(Decoder):
         objective: Literal["l1", "l2"] = "l2",
     ) -> None:
         super().__init__()
-        if size % patch:
-            raise ValueError(f"size {size} is not a multiple of patch {patch}")
-        self.dim, self.max_tokens, self.patch, self.grid = dim, max_tokens, patch, size // patch
+        self.dim, self.max_tokens, self.patch, self.grid = dim, max_tokens, patch, grid_of(size, patch)
         self.objective = {"l1": F.l1_loss, "l2": F.mse_loss}[objective]
         self.read_codes = nn.Linear(dim, width)
         self.token_positions = scattered(max_tokens, self.grid, width)

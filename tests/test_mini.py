@@ -40,6 +40,11 @@ def test_its_file_is_small_and_its_preset_tells_the_truth(mini: Tokenizer) -> No
     assert not any(p.requires_grad for p in mini.parameters())
 
 
+def test_a_device_that_is_not_here_is_refused() -> None:
+    with pytest.raises(ValueError, match="the device 'abacus' cannot be used here"):
+        tv.load(device="abacus")
+
+
 def test_every_doubling_brings_the_photographs_closer(mini: Tokenizer, photos: list[Path]) -> None:
     originals = torch.stack([mini.canvas.fit(load_image(photo)) for photo in photos])
     tokens = mini.encode(photos)

@@ -99,12 +99,14 @@ def decode(
     """Decode .tok files into PNG pictures, each beside its file or in --out."""
     from tokenizers_vis.files import write_atomically
     from tokenizers_vis.images import SUFFIXES, to_pil
+    from tokenizers_vis.presets import usable_device
     from tokenizers_vis.token_file import TokenFileError
     from tokenizers_vis.tokens import Tokens
 
     files = _find(inputs, ".tok")
     targets = _targets(files, out, ".png", SUFFIXES)
     failed: list[str] = []
+    usable_device(device)  # before a file's tokenizer is blamed for it
     loaded: dict[str, Tokenizer] = {}
     work: list[tuple[Tokens, list[Path]]] = []
     # Every file is read and checked before the first picture is written.
@@ -285,16 +287,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _load(name: str, device: str | None) -> Tokenizer:
-    import torch
-
     from tokenizers_vis.presets import load
 
-    try:
-        return load(name, device)
-    except (RuntimeError, AssertionError) as error:
-        if device is None or isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise Failure(f"the device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return load(name, device)
 
 
 def _find(inputs: list[Path], suffix: str | None) -> list[tuple[Path, Path]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from tokenizers_vis.catalogue import FOLDER, preset
+from tokenizers_vis.config import ConfigError
 from tokenizers_vis.tokenizer import CheckpointError, Tokenizer
 
 DEFAULT = "mini"
@@ -22,7 +23,8 @@ def load(
     device: None is the best at hand (cuda, mps, cpu).
     dtype: of encoder and decoder, None is float32; quantizing is always float32.
 
-    It comes in eval mode. Raises ``ValueError`` (``CheckpointError`` for weights that do not fit).
+    It comes in eval mode. Raises ``ValueError`` (``CheckpointError`` for weights that do not fit, ``ConfigError`` for a
+    device that is not here).
     """
     path = Path(name)
     if path.is_dir():
@@ -38,7 +40,18 @@ def load(
     if dtype is not None:
         tokenizer.encoder.to(dtype)
         tokenizer.decoder.to(dtype)
-    return tokenizer.to(best_device() if device is None else device)
+    return tokenizer.to(usable_device(device))
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """``device``, or the best at hand for None. Raises ``ConfigError`` when there is no such device here."""
+    if device is None:
+        return best_device()
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"the device {str(device)!r} cannot be used here: {reason}") from error
 
 
 def best_device() -> torch.device:

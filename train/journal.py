@@ -11,9 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tokenizers_vis.files import write_atomically
+from tokenizers_vis.images import load_image
 
 
 class Journal:
@@ -73,7 +72,7 @@ class Journal:
     def validation(self, step: int, scalars: dict[str, float], sheet: Any) -> None:
         self._write(step, "val", scalars)
         write_atomically(self.folder / "samples" / f"{step:07d}.png", lambda path: sheet.save(path, format="PNG"))
-        self.board.add_image("val/samples", _pixels(sheet), step)
+        self.board.add_image("val/samples", load_image(sheet), step)
         self.say(f"step {step} validation  " + "  ".join(f"{key} {value:.3f}" for key, value in scalars.items()))
 
     def _write(self, step: int, kind: str, scalars: dict[str, float]) -> None:
@@ -115,9 +114,3 @@ def stop_on_signal() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _pixels(sheet: Any) -> Tensor:
-    from tokenizers_vis.images import load_image
-
-    return load_image(sheet)

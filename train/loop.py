@@ -21,7 +21,7 @@ from tokenizers_vis.config import ConfigError, build, did_you_mean, read_toml, t
 from tokenizers_vis.encoders.base import powers_of_two
 from tokenizers_vis.eval.metrics import CodebookUsage, psnr
 from tokenizers_vis.files import write_atomically
-from tokenizers_vis.presets import best_device, load
+from tokenizers_vis.presets import load, usable_device
 from tokenizers_vis.tokenizer import PARTS, Tokenizer
 from tokenizers_vis.train.data import DataConfig, TrainBatches, val_batches
 from tokenizers_vis.train.journal import Journal, stop_on_signal
@@ -140,7 +140,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
-        self.device = usable_device(config.device) if config.device else best_device()
+        self.device = usable_device(config.device or None)
         if not config.data.train:
             raise ConfigError("data.train is empty: say where the images are (--data PATH)")
         self.source = open_source(config.data.train)
@@ -236,7 +236,7 @@ class Run:
         lengths = powers_of_two(model.max_tokens) if model.nested else [model.max_tokens]
         if len(lengths) > 4 and not model.decoder.one_pass:
             # Each length is a whole sampling run.
-            lengths = lengths[2::2] if lengths[-1] in lengths[2::2] else [*lengths[2::2], lengths[-1]]
+            lengths = sorted({*lengths[2::2], lengths[-1]})
         sums: dict[str, float] = {}
         count, first = 0, None
         usage = CodebookUsage(model.codebook_sizes)
@@ -351,14 +351,6 @@ def untrained(config: TrainConfig) -> Tokenizer:
             raise ConfigError(f"init.adopt: the {part} of {init.tokenizer} has no weight of the same name and shape")
         getattr(tokenizer, part).load_state_dict({**own, **fitting})
     return tokenizer
-
-
-def usable_device(name: str) -> torch.device:
-    """Raises ``ConfigError`` when there is no such device here."""
-    try:
-        return torch.empty(0, device=name).device
-    except (AssertionError, RuntimeError) as error:
-        raise ConfigError(f"the device {name!r} cannot be used here: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizers_vis.decoders.transformer import Transformer, init_linear, patchify, scattered, sincos_2d
+from tokenizers_vis.decoders.transformer import Transformer, grid_of, init_linear, patchify, scattered, sincos_2d
 from tokenizers_vis.encoders.base import Encoder, LengthPolicy
 
 
@@ -45,10 +45,8 @@ class FlexTokEncoder(Encoder):
         lengths: LengthPolicy = LengthPolicy("uniform"),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        if size % patch:
-            raise ValueError(f"size {size} is not a multiple of patch {patch}")
         self.dim, self.max_tokens, self.patch, self.lengths = dim, max_tokens, patch, lengths
-        grid = size // patch
+        grid = grid_of(size, patch)
         self.read_patches = nn.Linear(patch * patch * channels, width)
         self.register_buffer("positions", sincos_2d(grid, grid, width), persistent=False)
         self.registers = scattered(max_tokens, grid, width)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tokenizers_vis.decoders.transformer import Transformer, init_linear, learned, patchify
+from tokenizers_vis.decoders.transformer import Transformer, grid_of, init_linear, learned, patchify
 from tokenizers_vis.encoders.base import Encoder, LengthPolicy
 
 
@@ -38,13 +38,11 @@ class TiTokEncoder(Encoder):
         lengths: LengthPolicy = LengthPolicy(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        if size % patch:
-            raise ValueError(f"size {size} is not a multiple of patch {patch}")
         self.dim, self.max_tokens, self.patch = dim, max_tokens, patch
         self.lengths, self.nested = lengths, lengths.kind != "full"
         self.read_patches = nn.Linear(patch * patch * channels, width)
         self.class_token = learned(1, width)
-        self.positions = learned((size // patch) ** 2 + 1, width)
+        self.positions = learned(grid_of(size, patch) ** 2 + 1, width)
         self.queries = learned(max_tokens, width)
         self.query_positions = learned(max_tokens, width)
         self.norm_in = nn.LayerNorm(width)
