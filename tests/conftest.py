@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from safetensors import safe_open
 
 import tokenizers_vis
 
@@ -79,6 +80,21 @@ def shared() -> Path:
     if not (path / "data").is_dir():
         pytest.skip(f"needs the shared development data; {path} has none, set TOKENIZERS_VIS_SHARED to its folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Callable[[str], tuple[dict[str, torch.Tensor], dict[str, str]]]:
+    """``recorded("llamagen_vq")``: what an original gave on small random weights, and where that original is found.
+
+    The tensors are inputs, weights, outputs and gradients by name. The metadata hold repository, commit, file and the
+    options it was built with, as JSON. See tests/fixtures/README.md.
+    """
+
+    def read(name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        with safe_open(ROOT / "tests" / "fixtures" / f"{name}.safetensors", framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
+
+    return read
 
 
 @pytest.fixture(scope="session")
