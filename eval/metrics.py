@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 
 PSNR_CAP = 100.0
 _SSIM_WINDOW = 11
+_MERGE = 2**20  # ids that wait before they are counted
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -71,6 +72,7 @@ class Usage(NamedTuple):
     tokens: how many ids were counted. The entropies below are those of the counts, too low by about
         (codebook size - 1) / (2 tokens ln 2) bits: quote them with this number.
     used: share of the codebook's codes that occurred, 0 to 1.
+    dead: how many of the codes did not occur.
     entropy: bits per token, all positions together.
     perplexity: 2 ** entropy, from 1 to the codebook size.
     position_entropy: n, float64, bits per token at each position; nan where no token was counted.
@@ -78,6 +80,7 @@ class Usage(NamedTuple):
 
     tokens: int
     used: float
+    dead: int
     entropy: float
     perplexity: float
     position_entropy: Tensor
@@ -86,14 +89,19 @@ class Usage(NamedTuple):
 class CodebookUsage:
     """Counts ids exactly, batch by batch: ``update(ids)`` as often as wanted, then ``compute()``.
 
-    codebook_sizes: of the k codebooks. The counts take k x positions x codebook size integers of memory.
+    codebook_sizes: of the k codebooks, of any size up to 2^63. Only ids that occurred are held, 24 bytes for each pair
+        of position and id, so the memory is bounded by the ids that were seen and not by the codebook.
     """
 
     def __init__(self, codebook_sizes: tuple[int, ...]) -> None:
         if not codebook_sizes or min(codebook_sizes) < 1:
             raise ValueError(f"codebook_sizes are one positive size or more, got {codebook_sizes}")
         self.codebook_sizes = tuple(codebook_sizes)
-        self._counts = [torch.zeros(0, size, dtype=torch.int64) for size in self.codebook_sizes]
+        # Per codebook: pairs (position, id) in order, and how often each came.
+        self._pairs = [torch.zeros(0, 2, dtype=torch.int64) for _ in self.codebook_sizes]
+        self._counts = [torch.zeros(0, dtype=torch.int64) for _ in self.codebook_sizes]
+        self._pending: list[list[Tensor]] = [[] for _ in self.codebook_sizes]
+        self._waiting = 0
 
     def update(self, ids: Tensor) -> None:
         """ids: b n k, integers; -1 is the padding of a ragged batch and is not counted. n may differ between calls.
@@ -104,52 +112,72 @@ class CodebookUsage:
         if ids.ndim != 3 or ids.shape[-1] != k or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"ids are integers b n {k}, got {tuple(ids.shape)} of {ids.dtype}")
         ids = ids.detach().cpu().long()
-        if ids.shape[0] == 0:
-            return
-        positions = ids.shape[1]
-        found = []
         for j, size in enumerate(self.codebook_sizes):
             column = ids[:, :, j]
-            if column.numel() and (column.min() < -1 or column.max() >= size):
+            if column.numel() and (column.min() < -1 or column.max() > size - 1):
                 raise ValueError(
                     f"ids of codebook {j} run from 0 to {size - 1}, or -1 for padding; got values from "
                     f"{column.min()} to {column.max()}"
                 )
-            # One count over all positions: the id of position i is moved by i codebooks.
-            moved = column + size * torch.arange(positions)
-            counts = torch.bincount(moved[column >= 0], minlength=positions * size)
-            found.append(rearrange(counts, "(n v) -> n v", n=positions, v=size))
-        for j, counts in enumerate(found):
-            old = self._counts[j]
-            if len(old) < positions:
-                old = torch.cat([old, old.new_zeros(positions - len(old), old.shape[1])])
-            old[:positions] += counts
-            self._counts[j] = old
+        position = torch.arange(ids.shape[1]).expand(ids.shape[:2])
+        for j in range(k):
+            real = ids[:, :, j] >= 0
+            self._pending[j].append(torch.stack([position[real], ids[:, :, j][real]], dim=-1))
+        self._waiting += ids.shape[0] * ids.shape[1]
+        if self._waiting > max(_MERGE, len(self._counts[0])):
+            self._merge()
 
     def compute(self) -> tuple[Usage, ...]:
         """One ``Usage`` per codebook. Raises ``ValueError`` when nothing was counted."""
-        if not any(counts.any() for counts in self._counts):
+        self._merge()
+        if not any(len(counts) for counts in self._counts):
             raise ValueError("no ids were counted: call update(ids) first")
-        return tuple(self._usage(counts) for counts in self._counts)
+        return tuple(map(self._usage, self._pairs, self._counts, self.codebook_sizes))
+
+    def _merge(self) -> None:
+        for j, pending in enumerate(self._pending):
+            pairs = torch.cat([self._pairs[j], *pending])
+            ones = torch.ones(len(pairs) - len(self._counts[j]), dtype=torch.int64)
+            self._pairs[j], self._counts[j] = _add_up(pairs, torch.cat([self._counts[j], ones]))
+        self._pending = [[] for _ in self.codebook_sizes]
+        self._waiting = 0
 
     @staticmethod
-    def _usage(counts: Tensor) -> Usage:
-        total = counts.sum(dim=0)
-        entropy = _entropy(total).item()
+    def _usage(pairs: Tensor, counts: Tensor, size: int) -> Usage:
+        _, totals = _add_up(pairs[:, 1:], counts)
+        position = pairs[:, 0]
+        n = int(position.max()) + 1 if len(pairs) else 0
+        entropy = _entropy(totals, torch.zeros_like(totals), 1).item()
         return Usage(
-            tokens=int(total.sum()),
-            used=(total > 0).double().mean().item(),
+            tokens=int(counts.sum()),
+            used=len(totals) / size,
+            dead=size - len(totals),
             entropy=entropy,
             perplexity=2.0**entropy,
-            position_entropy=_entropy(counts),
+            position_entropy=_entropy(counts, position, n),
         )
 
 
-def _entropy(counts: Tensor) -> Tensor:
-    """counts: ... v, integers -> ..., float64, bits; nan where all counts are 0."""
-    share = counts.double() / counts.sum(dim=-1, keepdim=True)
+def _add_up(keys: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The different rows of keys (m c), in order, with the sum of the counts (m) of each."""
+    order = torch.arange(len(keys))
+    for column in reversed(range(keys.shape[1])):  # stable sorts, the last key first: much faster than unique(dim=0)
+        order = order[keys[order, column].argsort(stable=True)]
+    keys, counts = keys[order], counts[order]
+    starts = torch.ones(len(keys), dtype=torch.bool)
+    starts[1:] = (keys[1:] != keys[:-1]).any(dim=1)
+    group = starts.long().cumsum(dim=0) - 1
+    return keys[starts], torch.zeros(int(starts.sum()), dtype=torch.int64).index_add_(0, group, counts)
+
+
+def _entropy(counts: Tensor, group: Tensor, n: int) -> Tensor:
+    """counts and the group 0 to n - 1 that each is of, m -> n, float64, bits; nan for a group without counts."""
+    counts = counts.double()
+    total = torch.zeros(n, dtype=torch.float64).index_add_(0, group, counts)
+    share = counts / total[group]
     # 0 - x rather than -x: the entropy of a sure thing is 0, not -0.
-    return 0 - torch.special.xlogy(share, share).sum(dim=-1) / torch.log(torch.tensor(2.0, dtype=torch.float64))
+    nats = 0 - torch.zeros(n, dtype=torch.float64).index_add_(0, group, torch.special.xlogy(share, share))
+    return torch.where(total > 0, nats / torch.log(torch.tensor(2.0, dtype=torch.float64)), torch.nan)
 
 
 def _check(what: str, x: Tensor) -> None:

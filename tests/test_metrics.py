@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tokenizers_vis.eval import metrics
 from tokenizers_vis.eval.metrics import CodebookUsage, gradient_energy, psnr, ssim
 from tokenizers_vis.eval.perceptual import LPIPS, FeatureDistance, Perceptual, perceptual
 from tokenizers_vis.eval.thumbnail import thumbnail, thumbnail_size
@@ -314,6 +315,7 @@ def test_usage_of_hand_made_ids() -> None:
     assert first.entropy == pytest.approx(1.5)
     assert first.perplexity == pytest.approx(2**1.5)
     assert first.position_entropy.tolist() == pytest.approx([0.0, 1.0])
+    assert (first.dead, second.dead) == (1, 7)
     assert (second.used, second.entropy, second.perplexity) == (0.125, 0.0, 1.0)
 
 
@@ -343,6 +345,25 @@ def test_a_uniform_codebook_has_full_perplexity() -> None:
     assert result.used == 1.0
     assert result.entropy == pytest.approx(4.0)
     assert result.perplexity == pytest.approx(16.0)
+
+
+@pytest.mark.parametrize("merge", [0, 10, 2**20])
+def test_usage_is_exact_at_any_codebook_size(merge: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_MERGE", merge)
+    size = 2**62
+    usage = CodebookUsage((size, 7))
+    few = torch.tensor([0, 1, size - 1, size // 3])
+    ids = torch.stack([few[torch.randint(0, 4, (40, 6))], torch.randint(0, 7, (40, 6))], dim=-1)
+    for part in ids.split(9):
+        usage.update(part)
+    large, small = usage.compute()
+    assert large.dead == size - 4 and large.tokens == 240 and large.used == 4 / size
+    for result, column in ((large, ids[..., 0]), (small, ids[..., 1])):
+        share = column.unique(return_counts=True)[1].double() / 240
+        assert result.entropy == pytest.approx(-(share * share.log2()).sum().item())
+        for n in range(6):
+            share = column[:, n].unique(return_counts=True)[1].double() / 40
+            assert result.position_entropy[n].item() == pytest.approx(-(share * share.log2()).sum().item())
 
 
 def test_wrong_ids_are_refused_and_count_nothing() -> None:
