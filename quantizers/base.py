@@ -18,6 +18,10 @@ from tokenizers_vis.quantizers.integers import IdFormat, Order
 HUGE = 1e15  # stands for infinity in eval: its square is still finite in float32
 
 
+class NotFiniteError(ValueError):
+    """In training a quantizer was given numbers that are not finite."""
+
+
 class Quantized(NamedTuple):
     """The result of quantizing.
 
@@ -50,6 +54,11 @@ class Quantizer(nn.Module, ABC):
     discrete: bool = True
     fixed_n: int | None = None  # vectors of one image, where only that number can be quantized
 
+    @property
+    def in_dim(self) -> int:
+        """Width of z: ``dim``, but where a code is narrower or wider than what it is made from."""
+        return self.dim
+
     @classmethod
     def kinds(cls) -> Mapping[str, type[Quantizer]]:
         """The quantizers that a config may name by ``kind``."""
@@ -77,13 +86,14 @@ class Quantizer(nn.Module, ABC):
     def check_z(self, z: Tensor) -> Tensor:
         """Returns z in float32, finite.
 
-        Raises ``ValueError`` when it is not b n dim, is empty, or, in training, holds a number that is not finite. In
-        eval nan counts as 0 and an infinity as 1e15 of its sign, so that every z has a defined id.
+        Raises ``ValueError`` when it is not b n in_dim or empty, and, in training, ``NotFiniteError`` when it holds a
+        number that is not finite. In eval nan counts as 0 and an infinity as 1e15 of its sign, so that every z has a
+        defined id.
         """
-        if z.ndim != 3 or z.shape[-1] != self.dim:
+        if z.ndim != 3 or z.shape[-1] != self.in_dim:
             raise ValueError(
-                f"{type(self).__name__} takes b n {self.dim} (batch, tokens, width), got {tuple(z.shape)}; "
-                f"make the encoder's dim {self.dim}, or rearrange to b n d"
+                f"{type(self).__name__} takes b n {self.in_dim} (batch, tokens, width), got {tuple(z.shape)}; "
+                f"make the encoder's dim {self.in_dim}, or rearrange to b n d"
             )
         if z.shape[0] == 0 or z.shape[1] == 0:
             raise ValueError(f"there is nothing to quantize: z is {tuple(z.shape)}, b and n are 1 or more")
@@ -93,7 +103,7 @@ class Quantizer(nn.Module, ABC):
         if not torch.compiler.is_compiling() and not bool(z.isfinite().all()):
             wrong = (~z.isfinite()).nonzero()
             b, n, d = wrong[0].tolist()
-            raise ValueError(
+            raise NotFiniteError(
                 f"z holds {len(wrong)} of {z.numel()} numbers that are not finite, the first {z[b, n, d].item()} at "
                 f"[{b}, {n}, {d}] (image, token, width); lower the learning rate, clip gradients, or look at that image"
             )

@@ -22,6 +22,7 @@ from tokenizers_vis.encoders.base import powers_of_two
 from tokenizers_vis.eval.metrics import CodebookUsage, psnr
 from tokenizers_vis.files import write_atomically
 from tokenizers_vis.presets import load, usable_device
+from tokenizers_vis.quantizers.base import NotFiniteError
 from tokenizers_vis.tokenizer import PARTS, Tokenizer
 from tokenizers_vis.train.data import DataConfig, TrainBatches, val_batches
 from tokenizers_vis.train.journal import Journal, stop_on_signal
@@ -198,7 +199,10 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            done = self.tokenizer.training_pass(images)
+            try:
+                done = self.tokenizer.training_pass(images)
+            except NotFiniteError as error:
+                raise self._broken(str(error)) from error
         losses = self.losses(done, images, self.tokenizer.canvas.paint)
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
@@ -206,20 +210,19 @@ class Run:
         norm = nn.utils.clip_grad_norm_(trained, self.config.optim.clip or math.inf)
         # The gradient too: it can overflow under a finite loss, and one such step would spoil every weight.
         if not (torch.isfinite(losses.total) and torch.isfinite(norm)):
-            kept = (
-                "no checkpoint was written yet"
-                if self.saved is None
-                else f"the checkpoint of step {self.saved} is kept"
-            )
-            raise RunError(
-                f"the loss is {losses.total.item()} and its gradient's norm {norm.item()} at step {self.step + 1}; "
-                f"{kept}. Try a lower optim.lr or a longer optim.warmup in {self.folder / 'recipe.toml'}"
-            )
+            raise self._broken(f"the loss is {losses.total.item()} and its gradient's norm {norm.item()}")
         self.optimizer.step()
         self.average.update(self.tokenizer, self.step)
         self.step += 1
         parts = {key: value.item() for key, value in losses.parts.items()}
         return {"loss": losses.total.item(), **parts, "gradient_norm": norm.item(), "lr": lr}
+
+    def _broken(self, what: str) -> RunError:
+        kept = "no checkpoint was written yet" if self.saved is None else f"the checkpoint of step {self.saved} is kept"
+        return RunError(
+            f"{what} at step {self.step + 1}; {kept}. Try a lower optim.lr or a longer optim.warmup in "
+            f"{self.folder / 'recipe.toml'}"
+        )
 
     def set_modes(self) -> None:
         self.tokenizer.train()
