@@ -159,3 +159,19 @@ def test_photographs_for_speed_differ() -> None:
     made = [script("speed").photograph(i) for i in (0, 6, 12)]
     assert all(picture.size == (640, 480) for picture in made)
     assert len({picture.tobytes() for picture in made}) == 3
+
+
+class TestQuantizerBenchmarks:
+    @pytest.mark.parametrize("method", ["vector-quantize-pytorch", "ours, plain torch"])
+    def test_a_training_step_is_measured(self, method: str) -> None:
+        pytest.importorskip("vector_quantize_pytorch")
+        found = script("training_step").measure(method, codes=64, dim=4, repeats=1, threads=torch.get_num_threads())
+        assert found["cpu"] > 0 and found["wall"] > 0 and found["memory"] >= 0
+
+    def test_the_table_holds_ratios(self) -> None:
+        step = script("training_step")
+        times = dict(zip(step.METHODS, (100.0, 10.0, 4.0), strict=True))
+        results = {(8192, 8, name): {"cpu": cpu, "wall": cpu, "memory": 1.0} for name, cpu in times.items()}
+        lines = step.table([(8192, 8)], results, 2).splitlines()
+        assert [len(line.split("|")) for line in lines[:3]] == [13] * 3
+        assert "| 10.0 | 1 | 10.0 | 4.0 | 1 | 25.0 |" in lines[2]
