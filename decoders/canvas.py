@@ -24,6 +24,8 @@ class Canvas(nn.Module, ABC):
     @classmethod
     def kinds(cls) -> Mapping[str, type[Canvas]]:
         """The canvases that a config may name by ``kind``."""
+        from tokenizers_vis.decoders import CANVASES
+
         return CANVASES
 
     def fit(self, image: Tensor, resize: Resize | None = None) -> Tensor:
@@ -45,29 +47,30 @@ class Canvas(nn.Module, ABC):
     def target(self, images: Tensor) -> Tensor:
         """images -> y, what the decoder aims at."""
 
+    def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images -> x and y, for training, which needs both."""
+        return self.read(images), self.target(images)
+
     @abstractmethod
     def paint(self, y: Tensor) -> Tensor:
         """y -> images, not clamped: the gradient of a loss on pictures passes through."""
 
 
 class Pixels(Canvas):
-    """The pixels themselves, in [-1, 1]."""
+    """The pixels themselves. span: "signed" shows them in [-1, 1], "unit" in [0, 1] as they come."""
 
-    def __init__(self, *, size: int, resize: Resize = "crop") -> None:
+    def __init__(self, *, size: int, resize: Resize = "crop", span: Literal["signed", "unit"] = "signed") -> None:
         super().__init__()
-        self.image_size, self.resize = size, resize
+        self.image_size, self.resize, self.span = size, resize, span
 
     def read(self, images: Tensor) -> Tensor:
-        return images * 2 - 1
+        return images if self.span == "unit" else images * 2 - 1
 
     def target(self, images: Tensor) -> Tensor:
-        return images * 2 - 1
+        return self.read(images)
 
     def paint(self, y: Tensor) -> Tensor:
-        return (y + 1) / 2
-
-
-CANVASES: dict[str, type[Canvas]] = {"pixels": Pixels}
+        return y if self.span == "unit" else (y + 1) / 2
 
 
 def fit(image: Tensor, size: int, how: Resize) -> Tensor:

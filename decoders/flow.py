@@ -7,7 +7,6 @@ Predicting the clean picture instead of the velocity suits big patches: Li and H
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -15,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_vis.decoders.base import Decoder, DecoderLoss
-from tokenizers_vis.decoders.guidance import adaptive_projected, classifier_free
-from tokenizers_vis.decoders.paths import euler, heun, interpolate, logit_normal, uniform_times
+from tokenizers_vis.decoders.paths import interpolate, logit_normal, uniform_times
+from tokenizers_vis.decoders.sampling import Sampling
 from tokenizers_vis.decoders.transformer import (
     Transformer,
     grid_of,
@@ -101,58 +100,21 @@ class FlowDecoder(Decoder):
         nn.init.dirac_(self.smooth.weight)
 
     def forward(self, codes: Tensor, lengths: Tensor | None = None, **sampling: Any) -> Tensor:
-        """Draws pictures y: b c h w for codes: b n d.
-
-        steps: solver steps. guidance: scale, 1 is none. guidance_kind: "cfg" or "apg". solver: "euler" or "heun".
-        noise: b c h w to start from. generator: draws the noise, image by image, so that a batch may be split.
-        With neither, every image starts from one fixed noise: the same codes always give the same picture.
-        """
-        return self._sample(codes, lengths, **{**self.defaults, **sampling})
-
-    def _sample(
-        self,
-        codes: Tensor,
-        lengths: Tensor | None,
-        steps: int,
-        guidance: float,
-        guidance_kind: str,
-        solver: str,
-        generator: torch.Generator | None = None,
-        noise: Tensor | None = None,
-        **unknown: Any,
-    ) -> Tensor:
-        if unknown:
-            raise ValueError(f"a flow decoder has no option {', '.join(unknown)}; it takes steps, guidance, "
-                             f"guidance_kind, solver, generator and noise")  # fmt: skip
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"steps is a whole number from 1, got {steps!r}")
-        if not isinstance(guidance, (int, float)) or not math.isfinite(guidance):
-            raise ValueError(f"guidance is a number (1 is none), got {guidance!r}")
-        if guidance_kind not in ("cfg", "apg") or solver not in ("euler", "heun"):
-            raise ValueError(
-                f"guidance_kind is 'cfg' or 'apg', solver is 'euler' or 'heun'; got {guidance_kind!r}, {solver!r}"
-            )
-        if guidance != 1 and self.null_rate == 0:
+        """Draws pictures y: b c h w for codes: b n d. The options are those of ``Sampling``."""
+        options = Sampling.of(self.defaults, sampling)
+        if options.guided and self.null_rate == 0:
             raise ValueError("this decoder was trained without a null token (null_rate 0): guidance must be 1")
         self.check_codes(codes)
-        x = self._noise(len(codes), generator, noise).to(codes.device, torch.float32)
+        x = options.start(len(codes), self.shape).to(codes.device, torch.float32)
         tokens, mask = self._tokens(codes, lengths)
         nothing = self.null_token.to(tokens.dtype).expand(len(codes), 1, -1)
-        previous: Tensor | None = None
 
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            nonlocal previous
+        def velocities(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
             t = t.expand(len(x))
             conditional = self._velocity(x, t, tokens, mask)
-            if guidance == 1:
-                return conditional
-            unconditional = self._velocity(x, t, nothing, None)
-            if guidance_kind == "cfg":
-                return classifier_free(conditional, unconditional, guidance)
-            guided, previous = adaptive_projected(conditional, unconditional, guidance, previous)
-            return guided
+            return conditional, self._velocity(x, t, nothing, None) if options.guided else None
 
-        return {"euler": euler, "heun": heun}[solver](velocity, x, uniform_times(steps, codes.device))
+        return options.walk(velocities, x, uniform_times(options.steps, codes.device))
 
     def loss(self, codes: Tensor, target: Tensor, lengths: Tensor | None = None) -> DecoderLoss:
         """Mean squared error of the velocity, at a random time per image."""
@@ -204,13 +166,3 @@ class FlowDecoder(Decoder):
             torch.where(dropped.view(-1, 1, 1), self.null_token.to(tokens.dtype), tokens),
             torch.where(dropped.view(-1, 1, 1, 1), alone, mask),
         )
-
-    def _noise(self, b: int, generator: torch.Generator | None, noise: Tensor | None) -> Tensor:
-        if noise is not None:
-            if tuple(noise.shape) != (b, *self.shape):
-                raise ValueError(f"noise is {(b, *self.shape)} (b c h w of the canvas), got {tuple(noise.shape)}")
-            return noise
-        if generator is None:
-            # Always drawn on the CPU: the same picture on every device.
-            return torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).expand(b, -1, -1, -1)
-        return torch.stack([torch.randn(self.shape, generator=generator, device=generator.device) for _ in range(b)])

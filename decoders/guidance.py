@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -30,7 +31,8 @@ def adaptive_projected(
     dims = (1, 2, 3)
     norm = difference.norm(p=2, dim=dims, keepdim=True).clamp_min(1e-12)
     limited = difference * (threshold / norm).clamp_max(1)
-    direction = conditional.double() / conditional.double().norm(p=2, dim=dims, keepdim=True).clamp_min(1e-12)
-    along = (limited.double() * direction).sum(dim=dims, keepdim=True) * direction
-    orthogonal = (limited.double() - along).to(conditional.dtype)
+    exact = torch.float32 if conditional.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    direction = conditional.to(exact) / conditional.to(exact).norm(p=2, dim=dims, keepdim=True).clamp_min(1e-12)
+    along = (limited.to(exact) * direction).sum(dim=dims, keepdim=True) * direction
+    orthogonal = (limited.to(exact) - along).to(conditional.dtype)
     return conditional + (scale - 1) * orthogonal, difference

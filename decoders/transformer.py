@@ -16,25 +16,32 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+ALL = slice(None)  # places of a sequence
+
 
 class Attention(nn.Module):
-    """Self-attention, one fused projection for queries, keys and values."""
+    """Self-attention, one fused projection for queries, keys and values. scale: of the logits, None is e ** -0.5."""
 
-    def __init__(self, width: int, heads: int, *, qk_norm: bool, bias: bool) -> None:
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, bias: bool, scale: float | None = None) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
         self.heads = heads
         self.qk_norm = qk_norm
+        self.scale = scale
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x: b n d. mask: bool, True where a query (row) may look at a key (column); n n, or b 1 n n."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, keep: slice = ALL) -> Tensor:
+        """x: b n d. mask: bool, True where a query (row) may look at a key (column), or floats that are added to the
+        logits; n n, or b 1 n n.
+
+        keep: the places whose result is wanted; with fewer than all, a mask has one row for them all, b 1 1 n.
+        """
         q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.heads)
         if self.qk_norm:
             q, k = (F.layer_norm(t.float(), t.shape[-1:]).to(v.dtype) for t in (q, k))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        attended = F.scaled_dot_product_attention(q[:, :, keep], k, v, attn_mask=mask, scale=self.scale)
         return self.out(rearrange(attended, "b h n e -> b n (h e)"))
 
 
@@ -44,7 +51,7 @@ class MLP(nn.Module):
     def __init__(self, width: int, *, kind: Literal["gelu", "swiglu"], ratio: float, bias: bool) -> None:
         super().__init__()
         self.gated = kind == "swiglu"
-        hidden = int(2 * ratio * width / 3) if self.gated else int(ratio * width)
+        hidden = int(2 * int(ratio * width) / 3) if self.gated else int(ratio * width)
         self.up = nn.Linear(width, 2 * hidden if self.gated else hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
 
@@ -69,22 +76,25 @@ class Block(nn.Module):
         affine: bool = False,
         bias: bool = False,
         modulated: bool = False,
+        attention_scale: float | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, elementwise_affine=affine)
-        self.attention = Attention(width, heads, qk_norm=qk_norm, bias=bias)
+        self.attention = Attention(width, heads, qk_norm=qk_norm, bias=bias, scale=attention_scale)
         self.mlp_norm = nn.LayerNorm(width, elementwise_affine=affine)
         self.mlp = MLP(width, kind=mlp, ratio=mlp_ratio, bias=bias)
         self.modulation = nn.Linear(width, 6 * width) if modulated else None
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        """x: b n d. condition: b d, for a modulated block."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, condition: Tensor | None = None, keep: slice = ALL
+    ) -> Tensor:
+        """x: b n d. condition: b d, for a modulated block. keep: the places that come out, as in ``Attention``."""
         if self.modulation is None:
-            x = x + self.attention(self.attention_norm(x), mask)
+            x = x[:, keep] + self.attention(self.attention_norm(x), mask, keep)
             return x + self.mlp(self.mlp_norm(x))
         parts = self.modulation(F.silu(condition)).unsqueeze(1).chunk(6, dim=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-        x = x + gate_a * self.attention(modulate(self.attention_norm(x), shift_a, scale_a), mask)
+        x = x[:, keep] + gate_a * self.attention(modulate(self.attention_norm(x), shift_a, scale_a), mask, keep)
         return x + gate_m * self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m))
 
 
@@ -103,9 +113,18 @@ class Transformer(nn.Module):
         affine: bool = False,
         bias: bool = False,
         modulated: bool = False,
+        attention_scale: float | None = None,
     ) -> None:
         super().__init__()
-        options = dict(mlp=mlp, mlp_ratio=mlp_ratio, qk_norm=qk_norm, affine=affine, bias=bias, modulated=modulated)
+        options = dict(
+            mlp=mlp,
+            mlp_ratio=mlp_ratio,
+            qk_norm=qk_norm,
+            affine=affine,
+            bias=bias,
+            modulated=modulated,
+            attention_scale=attention_scale,
+        )
         self.blocks = nn.ModuleList(Block(width, heads, **options) for _ in range(depth))
         self.apply(init_linear)
         for block in self.blocks:
@@ -113,17 +132,14 @@ class Transformer(nn.Module):
                 # At first the condition changes nothing: a block is a plain one, gates open.
                 nn.init.zeros_(block.modulation.weight)
                 block.modulation.bias.data.view(6, width)[[2, 5]] = 1.0
-            # Queries and keys start equal, so that things at like positions attend to each other from the first step
-            # and the mean colour is soon left. Trockman and Kolter 2023, arXiv 2305.09828.
-            weight = block.attention.qkv.weight.data
-            weight[width : 2 * width] = weight[:width]
-            # Keeps the residual stream's variance from growing with depth (GPT-2).
-            for layer in (block.attention.out, block.mlp.down):
-                layer.weight.data.mul_((2 * depth) ** -0.5)
+            init_branches(block.attention, block.mlp, depth)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        for block in self.blocks:
-            x = block(x, mask, condition)
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, condition: Tensor | None = None, keep: slice = ALL
+    ) -> Tensor:
+        """keep: the places that come out. The last block computes these alone, which changes none of them."""
+        for i, block in enumerate(self.blocks, 1):
+            x = block(x, mask, condition, keep if i == len(self.blocks) else ALL)
         return x
 
 
@@ -137,6 +153,17 @@ def init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def init_branches(attention: Attention, mlp: MLP, depth: int) -> None:
+    """Of one block in a stack of ``depth``, after ``init_linear``."""
+    # Queries and keys start equal, so that things at like positions attend to each other from the first step and the
+    # mean colour is soon left. Trockman and Kolter 2023, arXiv 2305.09828.
+    q, k, _ = attention.qkv.weight.data.chunk(3)
+    k.copy_(q)
+    # Keeps the residual stream's variance from growing with depth (GPT-2).
+    for layer in (attention.out, mlp.down):
+        layer.weight.data.mul_((2 * depth) ** -0.5)
 
 
 def learned(*shape: int, std: float = 0.5) -> nn.Parameter:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import select
 import subprocess
 import sys
 import warnings
@@ -16,7 +19,9 @@ import torch
 from PIL import Image
 
 import tokenizers_vis as tv
+from tokenizers_vis.catalogue import preset
 from tokenizers_vis.cli import main
+from tokenizers_vis.config import to_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {"dim": 3, "max_tokens": 4, "size": 16, "patch": 8, "width": 32, "depth": 1, "heads": 2}
@@ -105,9 +110,9 @@ def test_encode_one_file_beside_it(run: Callable[..., Ended], tiny: Path, tmp_pa
 
 def test_encode_into_a_named_file(run: Callable[..., Ended], tiny: Path, tmp_path: Path) -> None:
     picture(tmp_path / "cat.png")
-    assert run("encode", "cat.png", "-t", tiny, "--n-tokens", 1, "--out", "new/short.tok").code == 0
-    assert tv.Tokens.load(tmp_path / "new" / "short.tok").n_tokens == 1
-    assert files(tmp_path) == {"cat.png", "new/short.tok"}
+    assert run("encode", "cat.png", "-t", tiny, "--n-tokens", 1, "--out", "new/short.TOK").code == 0
+    assert tv.Tokens.load(tmp_path / "new" / "short.TOK").n_tokens == 1
+    assert files(tmp_path) == {"cat.png", "new/short.TOK"}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
@@ -208,13 +213,44 @@ def test_misspelt_tokenizer(run: Callable[..., Ended], tmp_path: Path) -> None:
 def test_folder_without_a_tokenizer(run: Callable[..., Ended], tmp_path: Path) -> None:
     picture(tmp_path / "in" / "a.png")
     ended = run("encode", "in", "-t", tmp_path / "in")
-    assert is_one_error(ended) and "holds no tokenizer.safetensors" in ended.err
+    assert is_one_error(ended) and "should hold tokenizer.safetensors, model.safetensors" in ended.err
 
 
-def test_list_names_every_preset(run: Callable[..., Ended]) -> None:
+def test_list_is_a_table_of_every_preset(run: Callable[..., Ended]) -> None:
     ended = run("list")
-    assert ended.code == 0
-    assert all(name in ended.out for name in tv.list_presets())
+    assert (ended.code, ended.err) == (0, "")
+    head, *lines = [re.split(r"  +", line) for line in ended.out.splitlines()]
+    assert head == ["name", "tokens", "codebook", "bits", "px", "rFID", "licence"]
+    assert [line[0] for line in lines] == tv.list_presets() and all(len(line) == len(head) for line in lines)
+    (mini,) = [line for line in lines if line[0] == "mini"]
+    assert mini[1:] == ["1..64", "4,096", "768", "64", "-", "research (not commercial)"]
+
+
+def test_list_for_commercial_use_and_for_programs(run: Callable[..., Ended]) -> None:
+    rows = {row["name"]: row for row in json.loads(run("list", "--json").out)}
+    assert list(rows) == tv.list_presets() and rows["mini"]["bits_per_image"] == 768
+    allowed = {name for name, row in rows.items() if row["commercial"]}
+    assert {row["name"] for row in json.loads(run("list", "--json", "--commercial-ok").out)} == allowed
+    lines = run("list", "--commercial-ok").out.splitlines()[1:]
+    assert {line.split()[0] for line in lines} == allowed and "mini" not in allowed
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize(("room", "left"), [(500, 7), (30, 2)])
+def test_list_keeps_to_the_width_of_a_terminal(room: int, left: int) -> None:
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": str(room)}
+    words = [sys.executable, "-m", "tokenizers_vis.cli", "list"]
+    with os.fdopen(theirs) as terminal:
+        shown = b""
+        with subprocess.Popen(words, env=environment, stdout=terminal, cwd=ROOT) as program:
+            while program.poll() is None or select.select([ours], [], [], 0)[0]:
+                if select.select([ours], [], [], 0.1)[0]:
+                    shown += os.read(ours, 65536)
+    os.close(ours)
+    lines = shown.decode().splitlines()
+    assert lines[0].split()[:2] == ["name", "tokens"] and len(lines[0].split()) == left
+    assert len(lines) == 1 + len(tv.list_presets()) and max(map(len, lines)) <= room
 
 
 def test_info_of_a_tokenizer(run: Callable[..., Ended], tiny: Path) -> None:
@@ -225,6 +261,139 @@ def test_info_of_a_tokenizer(run: Callable[..., Ended], tiny: Path) -> None:
     assert "1 to 4" in shown["tokens"]
     assert "512" in shown["codebooks"]
     assert "flextok, fsq, vit" in ended.out
+
+
+# Released weights
+
+
+@pytest.fixture
+def released(recorded: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a small preset "tiny-vqgan", which is not in the Hub's cache; there is no network."""
+    tensors, metadata = recorded("maskgit_vqgan")
+    official = json.loads(metadata["options"])
+    torch.save({key[8:]: value.float() for key, value in tensors.items() if key[:8] == "weights."}, tmp_path / "w.bin")
+    foreign = {"family": "maskgit-vqgan", "hub": "some/one", "file": "w.bin", "sha256": "", "paper": "https://x.org"}
+    own = {"max_tokens": 36, "nested": False, "codebook_sizes": [40], "official": official}
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "presets" / "tiny-vqgan.toml").write_text(to_toml(preset("mini") | foreign | own))
+    monkeypatch.setattr("tokenizers_vis.catalogue.FOLDER", tmp_path / "presets")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "w.bin"
+
+
+def test_info_of_a_preset_downloads_nothing(run: Callable[..., Ended], released: Path) -> None:
+    ended = run("info", "tiny-vqgan")
+    assert (ended.code, ended.err) == (0, "")
+    *lines, hint = ended.out.splitlines()
+    shown = dict(line.split(maxsplit=1) for line in lines)
+    assert shown["hub"] == "some/one" and shown["tokens"] == "36" and shown["paper"] == "https://x.org"
+    assert shown["licence"] == "research" and "not downloaded yet" in hint and "--weights" in hint
+    ended = run("info", "tiny-vqgan", "--weights", released)
+    assert ended.code == 0 and "grid, vq, conv" in ended.out and "some/one" in ended.out
+
+
+def test_weights_at_hand_serve_every_command(run: Callable[..., Ended], released: Path, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    preset = ("-t", "tiny-vqgan", "--weights", released)
+    ended = run("encode", "a.png", *preset)
+    assert ended.code == 0 and "36 tokens = 27 bytes each" in ended.out
+    assert run("decode", "a.tok", "--weights", released, "-o", "b.png").code == 0
+    assert run("reconstruct", "a.png", *preset).code == 0
+    assert run("doctor", "tiny-vqgan", "--weights", released, "--data", "a.png").code == 0
+    ended = run("encode", "a.png", "-t", "tiny-vqgan")
+    assert is_one_error(ended) and "cannot be had from the Hugging Face Hub" in ended.err
+
+
+# Continuous tokens
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    part = {**SHAPE, "max_tokens": 4}
+    config = {
+        "name": "vae",
+        "canvas": {"kind": "pixels", "size": 16},
+        "encoder": {"kind": "titok", **part, "dim": 6},
+        "quantizer": {"kind": "gaussian", "dim": 3},
+        "decoder": {"kind": "vit", **part},
+    }
+    tv.Tokenizer.from_config(config).save(tmp_path / "vae.ckpt.safetensors")
+    return tmp_path / "vae.ckpt.safetensors"
+
+
+def test_continuous_tokens_there_and_back(run: Callable[..., Ended], vae: Path, tmp_path: Path) -> None:
+    for seed in range(2):
+        picture(tmp_path / "in" / f"{seed}.png", seed)
+    ended = run("encode", "in", "-t", vae)
+    assert (ended.code, ended.out) == (
+        0,
+        "encoded 2 images with vae, 4 tokens of 3 numbers each, into their folders\n",
+    )
+    assert files(tmp_path / "in") == {"0.png", "0.safetensors", "1.png", "1.safetensors"}
+    tokenizer = tv.load(vae, device="cpu")
+    latents = tokenizer.encode([tmp_path / "in" / f"{seed}.png" for seed in range(2)])
+    for i, one in enumerate(latents):
+        assert torch.equal(tv.Latents.load(tmp_path / "in" / f"{i}.safetensors").values, one.values)
+    assert run("decode", "in", "-t", vae, "-o", "out").code == 0
+    expected = tv.to_pil(tokenizer.decode(latents))
+    for i in range(2):
+        assert np.abs(pixels(tmp_path / "out" / f"{i}.png").astype(int) - np.array(expected[i])).max() <= 1
+    assert run("encode", "in/0.png", "-t", vae, "-o", "new/one.safetensors").code == 0
+    ended = run("info", "new/one.safetensors")
+    first, line = ended.out.splitlines()
+    assert first == repr(latents[0]) and line.startswith(f"image 0: 4 tokens: {latents.values[0, 0, 0]:.3g} ")
+    assert run("reconstruct", "in/0.png", "-t", vae).code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["encode", "a.png", "-o", "a.tok"], "the tokens of vae go into a .safetensors file, got --out a.tok"),
+        (["encode", "a.png", "--n-tokens", 2], "always makes 4 tokens"),
+        (["decode", "z.safetensors", "-o", "out", "--n-tokens", 2], "belong together"),
+        (["decode", "z.safetensors", "-o", "out", "--n-tokens", 5], "--n-tokens is from 1 to 4"),
+        (["doctor", "--data", "a.png"], "vae has continuous tokens"),
+    ],
+)
+def test_continuous_tokens_refused(
+    words: list[Any], message: str, run: Callable[..., Ended], vae: Path, tmp_path: Path
+) -> None:
+    picture(tmp_path / "a.png")
+    assert run("encode", "a.png", "-t", vae, "-o", "z.safetensors").code == 0
+    before = files(tmp_path)
+    ended = run(*words, *((vae,) if words[0] == "doctor" else ("-t", vae)))
+    assert is_one_error(ended) and message in ended.err, ended
+    assert files(tmp_path) == before
+
+
+def test_a_checkpoint_is_no_file_of_tokens(run: Callable[..., Ended], vae: Path, tiny: Path, tmp_path: Path) -> None:
+    ended = run("decode", vae, "-t", vae, "-o", "out")
+    assert ended.code == 1 and "holds no latents" in ended.err and not (tmp_path / "out").exists()
+    ended = run("encode", picture(tmp_path / "a.png"), "-t", tiny, "-o", "a.safetensors")
+    assert is_one_error(ended) and "the tokens of tiny go into a .tok file" in ended.err
+    assert run("info", vae).out.splitlines()[0].split() == ["name", "vae"]
+
+
+# Doctor
+
+
+def test_doctor_reports_and_writes_its_numbers(run: Callable[..., Ended], tiny: Path, tmp_path: Path) -> None:
+    for seed in range(3):
+        picture(tmp_path / "in" / f"{seed}.png", seed)
+    ended = run("doctor", tiny, "--data", "in", "--data", "in/0.png", "--limit", 3, "--json", "new/report.json")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.out.startswith("tiny: 3 images, 12 ids, float32 on ") and "codebook 0: " in ended.out
+    told = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert told["sound"] and told["images"] == 3 and told["margins"]["smallest"] > 0
+
+
+def test_doctor_ends_with_an_error_where_ids_hang_on_the_batch(run: Callable[..., Ended], tmp_path: Path) -> None:
+    config = tv.load(build(tmp_path, "unsound", "vit"), device="cpu").config
+    quantizer = {"kind": "opt_vq", "dim": 3, "codebook_size": 32, "eval_assignment": "sinkhorn"}
+    tv.Tokenizer.from_config({**config, "quantizer": quantizer}).save(tmp_path / "unsound.safetensors")
+    ended = run("doctor", "unsound.safetensors")
+    assert is_one_error(ended) and "ids depend on what they should not" in ended.err and "6 images" in ended.out
 
 
 # Decode
@@ -319,7 +488,7 @@ def test_tok_file_cut_short_decodes_with_a_warning(
     ("words", "message"),
     [
         (["gone.tok"], "gone.tok cannot be read"),
-        (["empty"], "the folder empty holds no .tok files"),
+        (["empty"], "the folder empty holds no .tok or .safetensors files"),
         (["tok", "--n-tokens", 0], "--n-tokens is from 1 to 4 for this file, got 0"),
         (["tok/a.tok", "--n-tokens", 9], "--n-tokens is from 1 to 4 for this file, got 9"),
         (["tok", "--steps", 5], "takes no sampling options, got steps"),
@@ -563,4 +732,4 @@ finally:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "[]\n")
-    assert all(name in done.stdout for name in ("encode", "decode", "reconstruct", "info", "list", "train", "demo"))
+    assert all(name in done.stdout for name in ("encode", "decode", "reconstruct", "info", "list", "doctor", "train"))

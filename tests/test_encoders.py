@@ -10,6 +10,15 @@ from tokenizers_vis.encoders import ENCODERS
 from tokenizers_vis.encoders.base import Encoder, LengthPolicy, powers_of_two
 from tokenizers_vis.encoders.flextok import Standard, causal_last
 
+# Encoders of a grid of cells: no sequence, no prefixes.
+PIXELS = {"size": 16, "ch": 32, "channel_mult": [1, 2, 2, 2], "num_res_blocks": 1, "z_channels": 32}
+TOWER = {"size": 16, "patch": 8, "width": 32, "depth": 2, "heads": 2, "hidden": 64}
+GRIDS = {
+    "grid": {"dim": 6, **PIXELS, "attention": [3]},
+    "fqgan": {"dim": 6, **PIXELS, "branches": 2, "depth": 1, "heads": 2},
+    "dual": {"semantic": TOWER, "pixels": {"dim": 4, **PIXELS}, "semantic_dim": 2},
+}
+SEQUENCES = [kind for kind in ENCODERS if kind not in GRIDS]
 SHAPE = {"dim": 5, "max_tokens": 6, "size": 16, "patch": 8, "width": 32, "depth": 2, "heads": 2}
 PATCHES = (SHAPE["size"] // SHAPE["patch"]) ** 2
 
@@ -21,7 +30,7 @@ def encoder(kind: str, **changes) -> Encoder:
 # -- what every encoder does
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", SEQUENCES)
 def test_shapes_and_prefixes(kind):
     made = encoder(kind)
     x = torch.randn(3, 3, 16, 16)
@@ -32,7 +41,7 @@ def test_shapes_and_prefixes(kind):
         torch.testing.assert_close(z, made(x, 6)[:, :n], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", SEQUENCES)
 def test_each_image_is_encoded_by_itself(kind):
     made = encoder(kind)
     x = torch.randn(4, 3, 16, 16)
@@ -41,14 +50,14 @@ def test_each_image_is_encoded_by_itself(kind):
     assert (alone[0] - alone[1]).abs().max() > 1e-3  # and it does look at the image
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", SEQUENCES)
 @pytest.mark.parametrize("changes", [{"channels": 1}, {"mlp": "gelu"}, {"mlp": "swiglu"}, {"qk_norm": True}], ids=str)
 def test_options(kind, changes):
     made = encoder(kind, **changes)
     assert made(torch.randn(2, changes.get("channels", 3), 16, 16), 4).shape == (2, 4, 5)
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", SEQUENCES)
 def test_the_gradient_reaches_every_parameter(kind):
     made = encoder(kind).requires_grad_(True)
     # A fixed random direction: plain squares have no gradient through a layer norm.
@@ -57,7 +66,7 @@ def test_the_gradient_reaches_every_parameter(kind):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", SEQUENCES)
 def test_it_runs_in_bfloat16(kind):
     made = encoder(kind)
     x = torch.randn(2, 3, 16, 16)
@@ -67,10 +76,26 @@ def test_it_runs_in_bfloat16(kind):
     torch.testing.assert_close(rough.float(), exact, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", SEQUENCES)
 def test_a_patch_that_does_not_divide_is_refused(kind):
     with pytest.raises(ConfigError, match="encoder: size 16 is not a multiple of patch 5"):
         build(Encoder, {"kind": kind, **SHAPE, "patch": 5}, "encoder")
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+def test_a_grid(kind):
+    made = build(Encoder, {"kind": kind, **GRIDS[kind]}).train()
+    x = torch.randn(3, 3, 16, 16)
+    z = made(x, 4)
+    assert (made.dim, made.max_tokens, made.nested) == (6, 4, False) and z.shape == (3, 4, 6) and z.isfinite().all()
+    (z * torch.randn_like(z)).sum().backward()
+    for name, parameter in made.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    made.eval().requires_grad_(False)
+    torch.testing.assert_close(torch.cat([made(one[None], 4) for one in x]), made(x, 4), rtol=1e-4, atol=1e-5)
+    assert (made(x, 4)[0] - made(x, 4)[1]).abs().max() > 1e-3
+    rough = made.to(torch.bfloat16)(x.to(torch.bfloat16), 4)
+    assert rough.dtype == torch.bfloat16 and rough.isfinite().all()
 
 
 def test_nested():

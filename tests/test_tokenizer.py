@@ -23,8 +23,9 @@ from tokenizers_vis.catalogue import nested_presets
 from tokenizers_vis.config import ConfigError
 from tokenizers_vis.decoders.canvas import Pixels
 from tokenizers_vis.images import ImageError
-from tokenizers_vis.tokenizer import CheckpointError, Tokenizer
+from tokenizers_vis.tokenizer import Tokenizer
 from tokenizers_vis.tokens import Tokens
+from tokenizers_vis.weights import CheckpointError
 
 COMBINATIONS = list(itertools.product(["titok", "flextok"], ["fsq", "vq", "library"], ["vit", "flow"]))
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -102,7 +103,7 @@ def test_a_name_is_no_markup(tiny):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoder": {"dim": 4}}, "must agree on the width of a code; got 4, 3 and 3"),
+        ({"encoder": {"dim": 4}}, "must agree on the width of a code; got 4 from the encoder, 3 into"),
         ({"decoder": {"max_tokens": 5}}, "the encoder makes 6 tokens, the decoder takes 5"),
         ({"decoder": {"kind": "vti"}}, "decoder.kind: there is no decoder 'vti'. Did you mean 'vit'"),
         ({"encoder": {"widht": 3}}, "encoder.widht: .*Did you mean 'width'"),
@@ -606,7 +607,7 @@ def test_load_says_what_there_is(tmp_path):
         load("qqqqqqqq")
     with pytest.raises(ValueError, match="there is no preset"):
         load(tmp_path / "none")
-    with pytest.raises(CheckpointError, match=r"holds no tokenizer\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"should hold tokenizer\.safetensors, .* it holds none"):
         load(tmp_path)
     with pytest.raises(CheckpointError, match=r"none\.safetensors"):
         load(tmp_path / "none.safetensors")

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if _TYPE_CHECKING:
     from tokenizers_vis.catalogue import list_presets as list_presets
     from tokenizers_vis.images import to_pil as to_pil
+    from tokenizers_vis.latents import Latents as Latents
     from tokenizers_vis.presets import load as load
     from tokenizers_vis.token_file import TokenFileError as TokenFileError
     from tokenizers_vis.tokenizer import Tokenizer as Tokenizer
@@ -26,6 +27,7 @@ _HOME = {
     "list_presets": "catalogue",
     "Tokenizer": "tokenizer",
     "Tokens": "tokens",
+    "Latents": "latents",
     "TokenFileError": "token_file",
     "to_pil": "images",
 }

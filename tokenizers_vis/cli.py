@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from tokenizers_vis.latents import Latents
     from tokenizers_vis.tokenizer import Tokenizer
     from tokenizers_vis.tokens import Tokens
 
@@ -24,7 +25,10 @@ app = typer.Typer(
 )
 
 Inputs = Annotated[list[Path], typer.Argument(help="Files and folders.", show_default=False)]
-Name = Annotated[str, typer.Option("--tokenizer", "-t", help="A preset, a checkpoint file or a run folder.")]
+Name = Annotated[str, typer.Option("--tokenizer", "-t", help="A preset, a checkpoint file or a folder of one.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="For a preset: its authors' file, or the folder it is in, in place of a download.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...; the best at hand when not given.")]
 Resize = Annotated[str | None, typer.Option(help="crop, pad or exact; the tokenizer's own when not given.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
@@ -33,6 +37,10 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale of a flow d
 Seed = Annotated[
     int | None, typer.Option(min=0, max=2**63 - 1, help="Of a flow decoder's noise; one fixed noise when not given.")
 ]
+
+
+PHOTOS = Path(__file__).parent / "photos"
+CODES = (".tok", ".safetensors")  # files of ids, and of continuous tokens
 
 
 class Failure(Exception):
@@ -44,17 +52,24 @@ def encode(
     inputs: Inputs,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A .tok file for one image, else a folder.")] = None,
     tokenizer: Name = "mini",
+    weights: Weights = None,
     n_tokens: Annotated[int | None, typer.Option(help="Tokens an image; all when not given.")] = None,
     resize: Resize = None,
     device: Device = None,
     batch_size: BatchSize = 32,
 ) -> None:
-    """Encode images into .tok files, each beside its image or in --out."""
+    """Encode images into .tok files, each beside its image or in --out; continuous tokens into .safetensors."""
     from tokenizers_vis.images import ImageError, load_image
+    from tokenizers_vis.paths import find_files, place_results
 
-    images = _find(inputs, None)
-    targets = _targets(images, out, ".tok", (".tok",))
-    tok = _load(tokenizer, device)
+    images = find_files(inputs, None)
+    targets = place_results(images, out, ".tok", CODES)
+    tok = _load(tokenizer, device, weights)
+    suffix = CODES[tok.continuous]
+    if out not in targets:
+        targets = [target.with_suffix(suffix) for target in targets]
+    elif out.suffix.lower() != suffix:
+        raise Failure(f"the tokens of {tok.name} go into a {suffix} file, got --out {out}")
     failed: list[str] = []
     batch: list[tuple[Any, Path]] = []
 
@@ -78,7 +93,8 @@ def encode(
         write()
     done = _count(len(images) - len(failed), "image")
     n = n_tokens or tok.max_tokens
-    each = f"{_count(n, 'token')} = {_count(_size(tok, n), 'byte')} each"
+    size = f"of {tok.quantizer.dim} numbers" if tok.continuous else f"= {_count(_size(tok, n), 'byte')}"
+    each = f"{_count(n, 'token')} {size} each"
     where = targets[0] if len(targets) == 1 else out or "their folders"
     _end(f"encoded {done} with {tok.name}, {each}, into {where}", failed)
 
@@ -86,41 +102,43 @@ def encode(
 @app.command()
 def decode(
     inputs: Inputs,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="A picture file for one .tok, else a folder.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A picture file for one file, else a folder.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", "-t", help="The one named in the file when not given.")
     ] = None,
+    weights: Weights = None,
     n_tokens: Annotated[int | None, typer.Option(help="Decode only so many leading tokens.")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = None,
     device: Device = None,
 ) -> None:
-    """Decode .tok files into PNG pictures, each beside its file or in --out."""
+    """Decode .tok files (or .safetensors of continuous tokens) into PNG, each beside its file or in --out."""
     from tokenizers_vis.files import write_atomically
     from tokenizers_vis.images import SUFFIXES, to_pil
+    from tokenizers_vis.latents import Latents
+    from tokenizers_vis.paths import find_files, place_results, refuse_doubles
     from tokenizers_vis.presets import usable_device
-    from tokenizers_vis.token_file import TokenFileError
     from tokenizers_vis.tokens import Tokens
 
-    files = _find(inputs, ".tok")
-    targets = _targets(files, out, ".png", SUFFIXES)
+    files = find_files(inputs, CODES)
+    targets = place_results(files, out, ".png", SUFFIXES)
     failed: list[str] = []
     usable_device(device)  # before a file's tokenizer is blamed for it
     loaded: dict[str, Tokenizer] = {}
-    work: list[tuple[Tokens, list[Path]]] = []
+    work: list[tuple[Tokens | Latents, list[Path]]] = []
     # Every file is read and checked before the first picture is written.
     for (file, _), target in zip(files, targets, strict=True):
         try:
-            tokens = Tokens.load(file)
-        except TokenFileError as error:
+            tokens = (Latents if file.suffix == ".safetensors" else Tokens).load(file)
+        except ValueError as error:
             failed.append(str(error))
             typer.echo(f"skipped: {error}", err=True)
             continue
         name = tokenizer or tokens.tokenizer
         if name not in loaded:
             try:
-                loaded[name] = _load(name, device)
+                loaded[name] = _load(name, device, weights)
             except ValueError as error:
                 hint = "" if tokenizer else f"; {file} names it: if it lies elsewhere, say where with --tokenizer"
                 raise Failure(f"{error}{hint}") from error
@@ -128,7 +146,7 @@ def decode(
         many = [target.with_stem(f"{target.stem}-{i}") for i in range(len(tokens))]
         work.append((tokens, [target] if len(tokens) == 1 else many))
     pictures_to = [path for _, paths in work for path in paths]
-    _refuse_doubles(pictures_to)
+    refuse_doubles(pictures_to)
     if out is None and (there := [path for path in pictures_to if path.exists()]):
         raise Failure(f"{there[0]} is there already, maybe the original: say with --out where the pictures go")
     with _progress() as progress:
@@ -146,6 +164,7 @@ def reconstruct(
     inputs: Inputs,
     out: Annotated[Path, typer.Option("--out", "-o", help="The picture to write.")] = Path("reconstruction.png"),
     tokenizer: Name = "mini",
+    weights: Weights = None,
     n_tokens: Annotated[
         list[int] | None, typer.Option(help="Tokens an image; give it several times for several columns.")
     ] = None,
@@ -158,11 +177,12 @@ def reconstruct(
     """Encode and decode images, and draw originals and reconstructions side by side in one picture."""
     from tokenizers_vis.files import write_atomically
     from tokenizers_vis.images import SUFFIXES
+    from tokenizers_vis.paths import find_files
 
     if out.suffix.lower() not in SUFFIXES or out.is_dir():
         raise Failure(f"--out is the picture to write, such as reconstruction.png; got {out}")
-    images = [path for path, _ in _find(inputs, None)]
-    tok = _load(tokenizer, device)
+    images = [path for path, _ in find_files(inputs, None)]
+    tok = _load(tokenizer, device, weights)
     lengths = n_tokens or [tok.max_tokens]
     sheet, scores = _sheet(tok, images, lengths, resize, steps, guidance, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -175,38 +195,83 @@ def reconstruct(
 
 @app.command()
 def info(
-    name: Annotated[str, typer.Argument(help="A preset, a checkpoint, a run folder, or a .tok file.")] = "mini",
+    name: Annotated[str, typer.Argument(help="A preset, a checkpoint, a folder of one, or a file of tokens.")] = "mini",
+    weights: Weights = None,
 ) -> None:
-    """Show what a tokenizer or a .tok file is."""
-    if Path(name).suffix == ".tok":
-        from tokenizers_vis.tokens import Tokens
+    """Show what a tokenizer or a file of tokens is. Nothing is downloaded."""
+    from tokenizers_vis.catalogue import downloaded, facts, list_presets, preset
 
-        tokens = Tokens.load(name)
+    released = preset(name) if name in list_presets() and not Path(name).exists() else {}
+    terms = {key: released[key] for key in ("hub", "file", "licence", "paper") if key in released}
+    if released and weights is None and not downloaded(name):
+        _tell(facts(name, released) | terms)
+        typer.echo(f"not downloaded yet: encode or load({name!r}) does it, or give its file with --weights")
+    elif (tokens := _read_tokens(Path(name))) is None:
+        _tell({"name": (tok := _load(name, "cpu", weights)).name, **tok.describe(), **terms})
+    else:
         typer.echo(repr(tokens))
         for i, one in enumerate(tokens):
-            flat = one.ids.flatten().tolist()
-            typer.echo(f"image {i}: {one.n_tokens} tokens: {' '.join(map(str, flat[:16]))}{' ...' * (len(flat) > 16)}")
-        return
-    for key, value in {"name": (tok := _load(name, "cpu")).name, **tok.describe()}.items():
-        typer.echo(f"{key:28} {value}")
+            flat = (one.values if hasattr(one, "values") else one.ids).flatten().tolist()
+            start = " ".join(f"{number:.3g}" if isinstance(number, float) else str(number) for number in flat[:16])
+            typer.echo(f"image {i}: {one.n_tokens} tokens: {start}{' ...' * (len(flat) > 16)}")
 
 
 @app.command(name="list")
-def list_() -> None:
-    """List the presets that can be loaded by name."""
-    from rich.console import Console
-    from rich.table import Table
+def list_(
+    commercial_ok: Annotated[
+        bool, typer.Option("--commercial-ok", help="Only those whose weights may be used commercially.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All that is known of them, for programs.")] = False,
+) -> None:
+    """List the presets that can be loaded by name: rFID as published, bits of one image."""
+    import shutil
 
-    from tokenizers_vis.catalogue import list_presets, preset
+    from tokenizers_vis.catalogue import columns, facts, list_presets, preset
 
-    table = Table("name", "tokens", "codebook", "bytes", "px", "licence", "weights", box=None)
-    for name in list_presets():
-        row = preset(name)
-        codebooks = " + ".join(f"{size:,}" for size in row["codebook_sizes"])
-        tokens = f"1-{row['max_tokens']}" if row["nested"] else str(row["max_tokens"])
-        size = -(-row["max_tokens"] * sum((k - 1).bit_length() for k in row["codebook_sizes"]) // 8)
-        table.add_row(name, tokens, codebooks, str(size), str(row["image_size"]), row["licence"], row["source"])
-    Console().print(table)
+    tables = {name: preset(name) for name in list_presets()}
+    tables = {name: table for name, table in tables.items() if table["commercial"] or not commercial_ok}
+    if as_json:
+        rows = [
+            {"name": name} | {key: value for key, value in table.items() if key != "official"}
+            for name, table in tables.items()
+        ]
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+    elif tables:
+        room = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        typer.echo(columns([facts(name, table) for name, table in tables.items()], room))
+    else:
+        typer.echo("there is no such preset", err=True)
+
+
+@app.command()
+def doctor(
+    tokenizer: Annotated[str, typer.Argument(help="A preset, a checkpoint file or a folder of one.")] = "mini",
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Images or folders of them, given once or often; bundled photographs.")
+    ] = None,
+    weights: Weights = None,
+    limit: Annotated[int, typer.Option(min=1, help="Look at so many images at most.")] = 256,
+    resize: Resize = None,
+    device: Device = None,
+    batch_size: BatchSize = 32,
+    report: Annotated[Path | None, typer.Option("--json", help="Write all numbers into this file.")] = None,
+) -> None:
+    """Say how near a tokenizer's ids are to being others, and how it uses its codebook.
+
+    Exit code 1 where ids depend on the batch, the order of images or the number of threads.
+    """
+    from tokenizers_vis.eval.doctor import examine
+    from tokenizers_vis.files import write_atomically
+    from tokenizers_vis.paths import find_files
+
+    images = [path for path, _ in find_files(data or [PHOTOS], None)][:limit]
+    found = examine(_load(tokenizer, device, weights), images, resize=resize, batch_size=batch_size)
+    typer.echo(str(found))
+    if report:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(report, json.dumps(found.to_dict(), indent=2).encode())
+    if not found.sound:
+        raise Failure("ids depend on what they should not: see the first lines of the table")
 
 
 @app.command()
@@ -257,7 +322,7 @@ def demo(out: Annotated[Path, typer.Option("--out", "-o", help="The folder to wr
     from tokenizers_vis.files import write_atomically
 
     tok = _load("mini", None)
-    photos = sorted((Path(__file__).parent / "photos").glob("*.jpg"))
+    photos = sorted(PHOTOS.glob("*.jpg"))
     lengths = powers_of_two(tok.max_tokens)
     out.mkdir(parents=True, exist_ok=True)
     for photo, tokens in zip(photos, tok.encode(list(photos)), strict=True):
@@ -286,52 +351,31 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _load(name: str, device: str | None) -> Tokenizer:
+def _load(name: str, device: str | None, weights: Path | None = None) -> Tokenizer:
     from tokenizers_vis.presets import load
 
-    return load(name, device)
+    return load(name, device, weights=weights)
 
 
-def _find(inputs: list[Path], suffix: str | None) -> list[tuple[Path, Path]]:
-    """Each file with its path relative to the folder it was found in; images, or files with ``suffix``."""
-    from tokenizers_vis.images import find_images
+def _read_tokens(path: Path) -> Tokens | Latents | None:
+    """What a file of tokens holds; None where it is none."""
+    from tokenizers_vis.latents import Latents
+    from tokenizers_vis.tokens import Tokens
+    from tokenizers_vis.weights import read_safetensors
 
-    found: list[tuple[Path, Path]] = []
-    for path in inputs:
-        if suffix is None:
-            files = find_images(path)
-        elif path.is_dir():
-            files = sorted(path.rglob(f"*{suffix}"))
-            if not files:
-                raise Failure(f"the folder {path} holds no {suffix} files")
-        else:
-            files = [path]
-        found += [(file, file.relative_to(path) if path.is_dir() else Path(file.name)) for file in files]
-    return found
+    if path.suffix == ".tok":
+        return Tokens.load(path)
+    if path.suffix == ".safetensors" and read_safetensors(path)[1].get("format") == "tokenizers_vis.latents":
+        return Latents.load(path)
+    return None
 
 
-def _targets(
-    found: list[tuple[Path, Path]], out: Path | None, suffix: str, file_suffixes: tuple[str, ...]
-) -> list[Path]:
-    """Where each result goes. ``out`` is a file when it ends in one of ``file_suffixes``, else a folder."""
-    if out is not None and out.suffix.lower() in file_suffixes and not out.is_dir():
-        if len(found) > 1:
-            raise Failure(f"{out} is one file, but there are {len(found)} inputs: give a folder")
-        return [out]
-    targets = [(file if out is None else out / relative).with_suffix(suffix) for file, relative in found]
-    _refuse_doubles(targets)
-    return targets
+def _tell(pairs: dict[str, str]) -> None:
+    for key, value in pairs.items():
+        typer.echo(f"{key:28} {value}")
 
 
-def _refuse_doubles(targets: list[Path]) -> None:
-    seen: set[Path] = set()
-    for target in targets:
-        if target in seen:
-            raise Failure(f"two results would both be written to {target}: rename an input, or use two folders")
-        seen.add(target)
-
-
-def _prefix(tokens: Tokens, n: int) -> Tokens:
+def _prefix(tokens: Tokens | Latents, n: int) -> Tokens | Latents:
     if not 1 <= n <= tokens.n_tokens:
         raise Failure(f"--n-tokens is from 1 to {tokens.n_tokens} for this file, got {n}")
     return tokens[:, :n]

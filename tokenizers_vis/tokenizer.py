@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +21,13 @@ from tokenizers_vis.decoders.canvas import Canvas, Resize
 from tokenizers_vis.encoders.base import Encoder
 from tokenizers_vis.files import write_atomically
 from tokenizers_vis.images import load_image, load_images
+from tokenizers_vis.latents import Latents
 from tokenizers_vis.quantizers.base import Quantized, Quantizer
 from tokenizers_vis.tokens import Tokens
+from tokenizers_vis.weights import CheckpointError, empty_weights, load_strictly, read_safetensors
 
 PARTS = ("canvas", "encoder", "quantizer", "decoder")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not hold what its config asks for."""
+PER_IMAGE = ("noise", "text")  # sampling options with an entry for each image
 
 
 class TrainingPass(NamedTuple):
@@ -50,10 +49,15 @@ class Tokenizer(nn.Module):
         self, *, canvas: Canvas, encoder: Encoder, quantizer: Quantizer, decoder: Decoder, config: Mapping[str, Any]
     ) -> None:
         super().__init__()
-        if not encoder.dim == quantizer.dim == decoder.dim:
+        if encoder.dim != quantizer.in_dim or quantizer.dim != decoder.dim:
             raise ConfigError(
-                f"encoder, quantizer and decoder must agree on the width of a code; "
-                f"got {encoder.dim}, {quantizer.dim} and {decoder.dim}"
+                f"encoder, quantizer and decoder must agree on the width of a code; got {encoder.dim} from the "
+                f"encoder, {quantizer.in_dim} into and {quantizer.dim} out of the quantizer, "
+                f"{decoder.dim} into the decoder"
+            )
+        if quantizer.fixed_n not in (None, encoder.max_tokens):
+            raise ConfigError(
+                f"the quantizer takes {quantizer.fixed_n} vectors an image, the encoder gives {encoder.max_tokens}"
             )
         if encoder.max_tokens != decoder.max_tokens:
             raise ConfigError(f"the encoder makes {encoder.max_tokens} tokens, the decoder takes {decoder.max_tokens}")
@@ -63,12 +67,30 @@ class Tokenizer(nn.Module):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Tokenizer:
         """An untrained tokenizer from a preset table. Raises ``ConfigError``."""
+        return cls._build(config, nullcontext)
+
+    @classmethod
+    def _build(cls, config: Mapping[str, Any], context: Callable[[], AbstractContextManager[None]]) -> Tokenizer:
+        """Builds all parts but the quantizer inside a context."""
         missing = [part for part in ("name", *PARTS) if part not in config]
         if missing:
             raise ConfigError(f"a tokenizer's config needs {', '.join(missing)}")
         types = {"canvas": Canvas, "encoder": Encoder, "quantizer": Quantizer, "decoder": Decoder}
-        parts = {part: build(kind, config[part], part) for part, kind in types.items()}
+        parts = {}
+        for part, kind in types.items():
+            with nullcontext() if part == "quantizer" else context():
+                parts[part] = build(kind, config[part], part)
         return cls(**parts, config={key: config[key] for key in ("name", "codes", *PARTS) if key in config})
+
+    @classmethod
+    def from_state(cls, config: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> Tokenizer:
+        """A tokenizer whose weights are ``state``, taken as they are and not copied; ``source`` names them in errors.
+
+        Raises ``ConfigError`` or ``CheckpointError``.
+        """
+        tokenizer = cls._build(config, empty_weights)
+        load_strictly(tokenizer, state, source)
+        return tokenizer
 
     # What it is
 
@@ -88,7 +110,12 @@ class Tokenizer(nn.Module):
 
     @property
     def max_tokens(self) -> int:
-        return self.encoder.max_tokens
+        return self.quantizer.id_count(self.encoder.max_tokens)
+
+    @property
+    def continuous(self) -> bool:
+        """Whether tokens are vectors (``Latents``) and not ids: there is no codebook, or the ids do not hold all."""
+        return not self.quantizer.discrete
 
     @property
     def nested(self) -> bool:
@@ -106,7 +133,9 @@ class Tokenizer(nn.Module):
 
     @property
     def bits_per_token(self) -> int:
-        """Bits that one token takes in a file."""
+        """Bits that one token takes in a file; of a continuous one, in half precision."""
+        if self.continuous:
+            return 16 * self.quantizer.dim
         return sum((size - 1).bit_length() for size in self.codebook_sizes)
 
     @property
@@ -128,8 +157,8 @@ class Tokenizer(nn.Module):
         *,
         resize: Resize | None = None,
         batch_size: int = 32,
-    ) -> Tokens:
-        """Images of any size -> ``Tokens`` with ids b n k.
+    ) -> Tokens | Latents:
+        """Images of any size -> ``Tokens`` with ids b n k; ``Latents`` b n d from a continuous tokenizer.
 
         images: path, PIL, uint8 array h w 3, tensor 3 h w or b 3 h w (uint8, or float in [0, 1]), a list.
         n_tokens: None for all, one number, or one per image; fewer than all needs a nested tokenizer.
@@ -146,14 +175,17 @@ class Tokenizer(nn.Module):
         if not items:
             raise ValueError("there are no images to encode: the list is empty")
         lengths = self._lengths(n_tokens, len(items))
-        n = max(lengths)
-        ids = []
+        n = max(lengths) if self.nested else self.encoder.max_tokens
+        found = []
         with _at_rest(self.encoder, self.quantizer):
             for batch in _chunks(items, batch_size):
                 x = torch.stack([self.canvas.fit(load_image(item), resize).to(self.device) for item in batch])
                 z = self.encoder(self.canvas.read(x).to(self.dtype), n)
-                ids.append(self.quantizer(z).ids)
-        all_ids = torch.cat(ids)
+                quantized = self.quantizer(z)
+                found.append(quantized.codes if self.continuous else quantized.ids)
+        if self.continuous:
+            return Latents(torch.cat(found), self.codes)
+        all_ids = torch.cat(found)
         ragged = torch.tensor(lengths, device=self.device)
         if min(lengths) < n:
             past = torch.arange(n, device=self.device) >= ragged[:, None]
@@ -163,26 +195,30 @@ class Tokenizer(nn.Module):
         )
 
     @torch.no_grad()
-    def decode(self, tokens: Tokens | Tensor, *, batch_size: int = 32, **sampling: Any) -> Tensor:
-        """Tokens, or ids b n k (b n where k is 1) -> images b 3 h w, float32 in [0, 1].
+    def decode(self, tokens: Tokens | Latents | Tensor, *, batch_size: int = 32, **sampling: Any) -> Tensor:
+        """Tokens, or ids b n k (b n where k is 1), or Latents -> images b 3 h w, float32 in [0, 1].
 
-        sampling: nothing for a one-pass decoder; steps, guidance (1 is none), guidance_kind, solver, generator and
-        noise (b c h w in the decoder's own space) for a flow decoder.
+        sampling: nothing for a one-pass decoder (but text, b t w, for one that reads text); steps, guidance (1 is
+            none), guidance_kind, solver, generator and noise (b c h w in the decoder's own space) for a flow decoder.
 
         Raises ``ValueError`` for tokens of another tokenizer, ids out of range, or a length it cannot decode.
         """
         _check_batch_size(batch_size)
         tokens = self._own(tokens)
-        noise = sampling.pop("noise", None)
-        if noise is not None and len(noise) != len(tokens):
-            raise ValueError(f"noise is for {len(noise)} images, tokens are {len(tokens)}")
+        whole = {key: value for key, value in sampling.items() if key in PER_IMAGE and value is not None}
+        for key, value in whole.items():
+            if len(value) != len(tokens):
+                raise ValueError(f"{key} is for {len(value)} images, tokens are {len(tokens)}")
+        sampling = {key: value for key, value in sampling.items() if key not in PER_IMAGE}
         pictures = []
         for start in range(0, len(tokens), batch_size):
             part = tokens[start : start + batch_size].to(self.device)
-            if noise is not None:
-                sampling["noise"] = noise[start : start + batch_size]
-            codes = self.quantizer.lookup(part.ids.clamp_min(0))
-            pictures.append(self.canvas.paint(self.decoder(codes, part.lengths, **sampling)).float().clamp(0, 1))
+            options = sampling | {key: value[start : start + batch_size] for key, value in whole.items()}
+            if isinstance(part, Latents):
+                codes, lengths = part.values.float(), None
+            else:
+                codes, lengths = self.quantizer.lookup(part.ids.clamp_min(0)), part.lengths
+            pictures.append(self.canvas.paint(self.decoder(codes, lengths, **options)).float().clamp(0, 1))
         return torch.cat(pictures)
 
     def reconstruct(
@@ -201,9 +237,10 @@ class Tokenizer(nn.Module):
         """images: b 3 h w, floats in [0, 1], already of ``image_size``. Draws lengths from the encoder's policy."""
         lengths = self.encoder.lengths.sample(len(images), self.max_tokens)
         n = self.max_tokens if lengths is None else int(lengths.max())
-        quantized = self.quantizer(self.encoder(self.canvas.read(images), n))
+        x, target = self.canvas.views(images)
+        quantized = self.quantizer(self.encoder(x, n))
         ragged = None if lengths is None or bool((lengths == n).all()) else lengths.to(images.device)
-        decoded = self.decoder.loss(quantized.codes, self.canvas.target(images), ragged)
+        decoded = self.decoder.loss(quantized.codes, target, ragged)
         return TrainingPass(quantized, decoded, lengths)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -228,32 +265,26 @@ class Tokenizer(nn.Module):
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Reads what ``save`` wrote, in float32. Raises ``CheckpointError``."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+        state, header = read_safetensors(path)
         if header.get("format") != "tokenizers_vis":
             raise CheckpointError(f"{path} is no tokenizers_vis checkpoint: its header does not say so")
         if header.get("version") != "1":
             raise CheckpointError(f"{path} is of version {header.get('version')}, this library reads version 1")
         try:
-            tokenizer = cls.from_config(json.loads(header["config"]))
+            return cls.from_state(json.loads(header["config"]), state, str(path))
         except KeyError as error:
             raise CheckpointError(f"{path} has no config in its header; save the tokenizer again") from error
+        except CheckpointError:
+            raise
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path} has a config that cannot be built here: {error}") from error
-        load_strictly(tokenizer, state, str(path))
-        return tokenizer
 
     # How it shows itself
 
     def __repr__(self) -> str:
         k = len(self.codebook_sizes)
         books = f"{k} codebook{'s' * (k > 1)} of {', '.join(map(str, sorted(set(self.codebook_sizes))))}"
+        books = f"{self.quantizer.dim} numbers each" if self.continuous else books
         order = "1 to " if self.nested else ""
         millions = sum(p.numel() for p in self.parameters()) / 1e6
         return (
@@ -272,7 +303,7 @@ class Tokenizer(nn.Module):
         parts = (self.encoder, self.quantizer, self.decoder)
         return {
             "tokens": f"1 to {self.max_tokens}, ordered" if self.nested else f"{self.max_tokens}",
-            "codebooks": " + ".join(f"{size:,}" for size in self.codebook_sizes),
+            "codebooks": " + ".join(f"{size:,}" for size in self.codebook_sizes) or "none, vectors",
             "bits per token": str(self.bits_per_token),
             "bytes per image": f"{-(-bits // 8)} at {self.max_tokens} tokens",
             "bits per pixel": f"{bits / self.image_size**2:.3f} at {self.max_tokens} tokens",
@@ -303,8 +334,19 @@ class Tokenizer(nn.Module):
                 )
         return [int(n) for n in lengths]
 
-    def _own(self, tokens: Tokens | Tensor) -> Tokens:
-        """``tokens`` as Tokens of this tokenizer, or ``ValueError``."""
+    def _own(self, tokens: Tokens | Latents | Tensor) -> Tokens | Latents:
+        """``tokens`` as Tokens (or Latents) of this tokenizer, or ``ValueError``."""
+        if self.continuous:
+            if isinstance(tokens, Tensor):
+                tokens = Latents(tokens, self.codes)
+            if not isinstance(tokens, Latents) or tokens.tokenizer != self.codes:
+                raise ValueError(f"{self.name} decodes its own Latents (its tokens are continuous), got {tokens!r}")
+            n, d = tokens.values.shape[1:]
+            if (n, d) != (self.max_tokens, self.quantizer.dim) and not (self.nested and n < self.max_tokens):
+                raise ValueError(
+                    f"{self.name} has {self.max_tokens} tokens of {self.quantizer.dim} numbers, got {n} of {d}"
+                )
+            return tokens
         if isinstance(tokens, Tensor):
             tokens = Tokens(tokens, codebook_sizes=self.codebook_sizes, tokenizer=self.codes, nested=self.nested)
         if not isinstance(tokens, Tokens):
@@ -321,24 +363,6 @@ class Tokenizer(nn.Module):
         if not self.nested and (n < self.max_tokens or tokens.lengths is not None):
             raise ValueError(f"{self.name} is not nested: it decodes {self.max_tokens} tokens an image, no fewer")
         return tokens
-
-
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads ``state`` or raises ``CheckpointError`` that lists what is missing, left over or of another shape."""
-    wanted = module.state_dict()
-    complaints = {
-        "missing": [key for key in wanted if key not in state],
-        "left over": [key for key in state if key not in wanted],
-        "of another shape": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
-            for key in wanted
-            if key in state and state[key].shape != wanted[key].shape
-        ],
-    }
-    found = [f"{what}: {', '.join(keys[:6])}{' ...' * (len(keys) > 6)}" for what, keys in complaints.items() if keys]
-    if found:
-        raise CheckpointError(f"{source} does not fit its config; {'; '.join(found)}")
-    module.load_state_dict(state)
 
 
 @contextmanager

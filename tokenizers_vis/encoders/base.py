@@ -18,20 +18,22 @@ from torch import Tensor, nn
 class LengthPolicy:
     """How many leading tokens an image keeps in training (nested dropout; Rippel et al. 2014, arXiv 1402.0915).
 
-    kind: "full" keeps all; "uniform" draws from 1 to all; "pow2" draws from 1, 2, 4 ... all.
+    kind: "full" keeps all; "uniform" draws from 1 to all; "pow2" draws from 1, 2, 4 ... all; "uniform_pow2" rounds what
+        "uniform" draws up to one of these.
     full: probability of keeping all, whatever the kind. A fifth of the steps shortened already makes prefixes usable;
         each further one costs quality at full length.
     per: one length per "image", or one for the whole "batch", which makes the sequences themselves shorter.
     """
 
-    kind: Literal["full", "uniform", "pow2"] = "full"
+    kind: Literal["full", "uniform", "pow2", "uniform_pow2"] = "full"
     full: float = 0.0
     per: Literal["image", "batch"] = "image"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("full", "uniform", "pow2") or self.per not in ("image", "batch"):
+        if self.kind not in ("full", "uniform", "pow2", "uniform_pow2") or self.per not in ("image", "batch"):
             raise ValueError(
-                f"kind is 'full', 'uniform' or 'pow2', per is 'image' or 'batch'; got {self.kind!r}, {self.per!r}"
+                f"kind is 'full', 'uniform', 'pow2' or 'uniform_pow2', per is 'image' or 'batch'; "
+                f"got {self.kind!r}, {self.per!r}"
             )
         if not 0 <= self.full <= 1:
             raise ValueError(f"full is a probability from 0 to 1, got {self.full}")
@@ -41,11 +43,13 @@ class LengthPolicy:
         if self.kind == "full":
             return None
         draws = b if self.per == "image" else 1
-        if self.kind == "uniform":
-            lengths = torch.randint(1, max_tokens + 1, (draws,))
-        else:
-            choices = torch.tensor(powers_of_two(max_tokens))
+        choices = torch.tensor(powers_of_two(max_tokens))
+        if self.kind == "pow2":
             lengths = choices[torch.randint(len(choices), (draws,))]
+        else:
+            lengths = torch.randint(1, max_tokens + 1, (draws,))
+        if self.kind == "uniform_pow2":
+            lengths = choices[torch.searchsorted(choices, lengths)]
         lengths = torch.where(torch.rand(draws) < self.full, max_tokens, lengths)
         return lengths.expand(b).contiguous()
 

@@ -21,6 +21,8 @@ class FlexTokEncoder(Encoder):
     Patches see all patches and no register; register i sees all patches and the registers up to i. So the first tokens
     do not depend on how many follow, and a short encoding runs a short sequence.
 
+    attention_scale: of the attention logits, None is (width / heads) ** -0.5.
+    stored_positions: whether the table of patch positions is stored with the weights, as in the authors' releases.
     standardize: gives every channel of every token mean 0 and variance 1 over the images (batch statistics in training,
     running ones after), so that images differ by more than a quantizer's step from the start and all codes get used.
     """
@@ -41,6 +43,8 @@ class FlexTokEncoder(Encoder):
         mlp: Literal["gelu", "swiglu"] = "swiglu",
         mlp_ratio: float = 4.0,
         qk_norm: bool = True,
+        attention_scale: float | None = None,
+        stored_positions: bool = False,
         standardize: bool = False,
         lengths: LengthPolicy = LengthPolicy("uniform"),  # noqa: B008 (frozen)
     ) -> None:
@@ -48,10 +52,12 @@ class FlexTokEncoder(Encoder):
         self.dim, self.max_tokens, self.patch, self.lengths = dim, max_tokens, patch, lengths
         grid = grid_of(size, patch)
         self.read_patches = nn.Linear(patch * patch * channels, width)
-        self.register_buffer("positions", sincos_2d(grid, grid, width), persistent=False)
+        self.register_buffer("positions", sincos_2d(grid, grid, width), persistent=stored_positions)
         self.registers = scattered(max_tokens, grid, width)
         self.register_buffer("mask", causal_last(grid**2, max_tokens), persistent=False)
-        self.transformer = Transformer(width, depth, heads, mlp=mlp, mlp_ratio=mlp_ratio, qk_norm=qk_norm)
+        self.transformer = Transformer(
+            width, depth, heads, mlp=mlp, mlp_ratio=mlp_ratio, qk_norm=qk_norm, attention_scale=attention_scale
+        )
         self.to_codes = nn.Linear(width, dim)
         self.read_patches.apply(init_linear)
         self.to_codes.apply(init_linear)
