@@ -25,6 +25,9 @@ SEED = 0
 settings.register_profile("tokenizers_vis", deadline=None, derandomize=True)
 settings.load_profile("tokenizers_vis")
 
+# What the library builds or notes on a machine stays out of its user's home.
+os.environ["TOKENIZERS_VIS_CACHE"] = str(ROOT / ".pytest_cache" / "tokenizers_vis")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism; more threads make them wait for each other
 

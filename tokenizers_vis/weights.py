@@ -76,8 +76,9 @@ def fetch(hub: str, file: str, sha256: str = "") -> Path:
         path = Path(hf_hub_download(hub, file))
     except Exception as error:  # offline, no such repository, gated, a broken connection, a full disk
         raise CheckpointError(
-            f"{file} of {hub} cannot be had from the Hugging Face Hub: {_first_line(error)}. Without a connection: "
-            f"download it where there is one, and give its folder, load(name, weights='path/to/folder')"
+            f"{file} of {hub} cannot be had from the Hugging Face Hub: {_first_line(error).rstrip('.')}. Without a "
+            f"connection: download it where there is one, and give its folder, load(name, weights='path/to/folder') "
+            f"or --weights path/to/folder"
         ) from error
     # In the Hub's cache a large file is a link to a blob that bears its sha256 as name.
     blob = path.resolve().name
