@@ -14,7 +14,7 @@ LARGE = 2**22  # numbers in the map of one image, 16 MB: from about there malloc
 
 
 def fast_layout(x: Tensor) -> Tensor:
-    """b c h w in the memory layout to start with, whatever it came in: the same results from any batch."""
+    """b c h w in the memory layout to start with, whatever it came in, so that this does not change a result."""
     last = x.device.type == "cpu" and x.dtype != torch.float32
     return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 

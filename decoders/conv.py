@@ -139,8 +139,7 @@ class DownPath(nn.Module):
         self.first = nn.Conv2d(channels, ch, 3, padding=1, bias=style == "taming")
         self.levels = nn.Sequential()
         for i, (c_in, c_out) in enumerate(zip([ch, *widths], widths, strict=False)):
-            half = Halve(c_out) if style == "taming" else nn.AvgPool2d(2)
-            resample = half if i < last else nn.Identity()
+            resample = nn.Identity() if i == last else Halve(c_out) if style == "taming" else nn.AvgPool2d(2)
             self.levels.append(Level(c_in, c_out, num_res_blocks, style, attention=i in attention, resample=resample))
         self.middle = middle(self.width, num_res_blocks, style)
 
@@ -257,7 +256,7 @@ class GridDecoder(Decoder):
             raise ValueError(f"a one-pass decoder takes no sampling options, got {', '.join(sampling)}")
         self.check_codes(codes)
         if codes.shape[1] != self.max_tokens or lengths is not None:
-            got = codes.shape[1] if lengths is None else f"lengths {lengths.tolist()}"
+            got = codes.shape[1] if lengths is None else lengths.tolist()
             raise ValueError(f"a grid is decoded whole, from {self.max_tokens} codes; got {got}")
         z = rearrange(codes.to(self.net.head.conv.weight.dtype), "b (h w) d -> b d h w", h=self.grid)
         return self.net(self.from_codes(z))
