@@ -2,7 +2,7 @@
 
 All take pictures b 3 h w in [0, 1] as they are: nothing is rounded to 8 bits or clamped here. Whoever wants the numbers
 of saved files rounds first; at 30 dB that moves PSNR by less than 0.01 dB. The result is one float per picture, so the
-mean over pictures (the usual way to quote PSNR) is the caller's; a PSNR of the pooled error is about 1 dB lower on
+mean over pictures (the usual way to quote PSNR) is the caller's; ``pooled_psnr``, also in use, is about 1 dB lower on
 photographs.
 """
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 PSNR_CAP = 100.0
 _SSIM_WINDOW = 11
+# Weights of the scales of MS-SSIM, from full size down: https://doi.org/10.1109/ACSSC.2003.1292216
+_MS_SSIM_SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 _MERGE = 2**20  # ids that wait before they are counted
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -25,6 +27,63 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     _check_pair("psnr", x, y)
     mse = reduce((x.float() - y.float()).square(), "b c h w -> b", "mean")
     return (-10 * mse.log10()).clamp(max=PSNR_CAP)
+
+
+def mse(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared error: b 3 h w twice, in [0, 1] -> b, float64, 0 for equal pictures."""
+    _check_pair("mse", x, y)
+    return reduce((x.double() - y.double()).square(), "b c h w -> b", "mean")
+
+
+def decibels(error: Tensor) -> Tensor:
+    """-10 log10 of mean squared errors, of any shape: PSNR without a cap, inf where the error is 0."""
+    return -10 * error.double().log10()
+
+
+def pooled_psnr(errors: Tensor) -> float:
+    """PSNR of the mean of the pictures' mean squared errors (m, from ``mse``), each picture counted alike; dB.
+
+    Never above the mean of the pictures' own PSNR, and inf when all errors are 0. Raises ``ValueError`` for none.
+    """
+    if errors.ndim != 1 or not len(errors):
+        raise ValueError(f"errors are one for each picture, 1 or more; got {tuple(errors.shape)}")
+    return decibels(errors.double().mean()).item()
+
+
+def feature_cosine(x: Tensor, y: Tensor) -> Tensor:
+    """Cosine between the features of picture and reconstruction, b d twice -> b, float64; 1 where they are equal.
+
+    To be named after the net whose features they are, ``FeatureNet.metric("cosine")``. 0 where one of two is all zero.
+    """
+    if x.ndim != 2 or x.shape != y.shape:
+        raise ValueError(f"features are b d twice, of one shape; got {tuple(x.shape)} and {tuple(y.shape)}")
+    # Equal ones are set: their cosine may come out as 1 - 1e-16, and of two zeros it would be 0.
+    return torch.cosine_similarity(x.double(), y.double(), dim=1).clamp(max=1).where((x != y).any(dim=1), 1.0)
+
+
+def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity over 5 scales, Gaussian window of 11, sigma 1.5: b 3 h w twice, in [0, 1] -> b, at most 1.
+
+    Contrasts below 0 count as 0. Raises ``ValueError`` for pictures with a side below 176, of which the smallest scale
+    is smaller than the window.
+    """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    _check_pair("ms_ssim", x, y)
+    least = _SSIM_WINDOW * 2 ** (len(_MS_SSIM_SCALES) - 1)
+    if min(x.shape[-2:]) < least:
+        raise ValueError(
+            f"ms_ssim needs pictures of at least {least} by {least} pixels, its window after 4 halvings; got "
+            f"{x.shape[-2]} by {x.shape[-1]} (h by w)"
+        )
+    options = {"sigma": 1.5, "kernel_size": _SSIM_WINDOW, "data_range": 1.0, "betas": _MS_SSIM_SCALES}
+    values = [
+        multiscale_structural_similarity_index_measure(
+            a[None].float(), b[None].float(), normalize="relu", reduction="none", **options
+        )
+        for a, b in zip(x, y, strict=True)
+    ]
+    return torch.cat([value.reshape(1) for value in values]) if values else x.new_zeros(0, dtype=torch.float32)
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:

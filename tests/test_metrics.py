@@ -14,7 +14,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenizers_vis.eval import metrics
-from tokenizers_vis.eval.metrics import CodebookUsage, gradient_energy, psnr, ssim
+from tokenizers_vis.eval.metrics import (
+    CodebookUsage,
+    decibels,
+    feature_cosine,
+    gradient_energy,
+    ms_ssim,
+    mse,
+    pooled_psnr,
+    psnr,
+    ssim,
+)
 from tokenizers_vis.eval.perceptual import LPIPS, FeatureDistance, Perceptual, perceptual
 from tokenizers_vis.eval.thumbnail import thumbnail, thumbnail_size
 
@@ -265,6 +275,44 @@ def test_psnr_is_per_picture_and_capped(pair: tuple[Tensor, Tensor]) -> None:
     assert psnr(x, x).tolist() == [100.0] * 3
 
 
+def test_errors_pool_before_or_after_the_logarithm(pair: tuple[Tensor, Tensor]) -> None:
+    x, y = pair
+    y = torch.stack([y[0], (x[1] + 3 * (y[1] - x[1])), x[2]])
+    errors = mse(x, y)
+    torch.testing.assert_close(errors[:2], ((x - y) ** 2).mean(dim=(1, 2, 3))[:2].double())
+    assert errors.dtype == torch.float64 and errors[2] == 0
+    torch.testing.assert_close(decibels(errors)[:2].float(), psnr(x, y)[:2])
+    assert decibels(errors)[2] == math.inf  # psnr stops at its cap
+    assert pooled_psnr(errors) == pytest.approx(-10 * math.log10(errors.mean().item()))
+    assert pooled_psnr(errors[:2]) < decibels(errors[:2]).mean()
+    assert pooled_psnr(errors[2:]) == math.inf
+    with pytest.raises(ValueError, match="1 or more"):
+        pooled_psnr(torch.zeros(0))
+
+
+def test_ms_ssim_is_that_of_torchmetrics_and_needs_room_for_its_scales() -> None:
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
+    x = torch.rand(2, 3, 176, 190)
+    y = (x + 0.2 * torch.randn_like(x)).clamp(0, 1)
+    expected = multiscale_structural_similarity_index_measure(y, x, data_range=1.0, reduction="none")
+    torch.testing.assert_close(ms_ssim(x, y), expected)
+    torch.testing.assert_close(ms_ssim(x, x), torch.ones(2))
+    assert (ms_ssim(x, y) > ssim(x, y)).all()  # noise goes as the scales get smaller
+    assert ms_ssim(x, 1 - x).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="at least 176 by 176 pixels"):
+        ms_ssim(x[..., :175], x[..., :175])
+
+
+def test_feature_cosine() -> None:
+    x = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
+    y = torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0], [1.0, 0.0], [-2.0, -2.0]])
+    assert feature_cosine(x, y).tolist() == pytest.approx([1, 0, 1, 0, -1])
+    assert feature_cosine(torch.rand(9, 7).float(), torch.rand(9, 7)).dtype == torch.float64
+    with pytest.raises(ValueError, match="b d twice"):
+        feature_cosine(x, y[:3])
+
+
 def test_ssim(pair: tuple[Tensor, Tensor]) -> None:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -295,7 +343,7 @@ def test_gradient_energy_in_closed_form() -> None:
     torch.testing.assert_close(gradient_energy(red), torch.tensor([0.299**2]))
 
 
-@pytest.mark.parametrize("metric", [psnr, ssim])
+@pytest.mark.parametrize("metric", [psnr, ssim, mse, ms_ssim])
 def test_pictures_of_another_kind_are_refused(metric) -> None:
     x = torch.rand(2, 3, 16, 16)
     for bad in (x[0], x[:1], x[..., :12], (x * 255).to(torch.uint8)):
