@@ -26,8 +26,8 @@ from tokenizers_vis.eval.thumbnail import thumbnail, thumbnail_size
 from tokenizers_vis.files import write_atomically
 from tokenizers_vis.pictures import contact_sheet
 from tokenizers_vis.presets import usable_device
+from tokenizers_vis.sources import ImageSource, open_source
 from tokenizers_vis.train.data import val_batches
-from tokenizers_vis.train.sources import ImageSource, open_source
 
 # Pictures b 3 h w in [0, 1] -> the versions of them that are to be judged, each under a key.
 Versions = Callable[[Tensor], Iterable[tuple[Any, Tensor]]]

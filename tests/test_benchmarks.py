@@ -15,9 +15,9 @@ from PIL import Image
 
 import tokenizers_vis as tv
 from tokenizers_vis.eval.thumbnail import thumbnail
+from tokenizers_vis.sources import open_source
 from tokenizers_vis.tokenizer import Tokenizer
 from tokenizers_vis.train.data import val_batches
-from tokenizers_vis.train.sources import open_source
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOW = {"kind": "flow", "steps": 2}

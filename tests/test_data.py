@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from tokenizers_vis.config import ConfigError, build
+from tokenizers_vis.sources import ImageSource, open_source
 from tokenizers_vis.train.data import DataConfig, TrainBatches, _Batches, _decode, random_box, val_batches
-from tokenizers_vis.train.sources import ImageSource, open_source
 
 COUNT = 21
 # Forking is the loader's own choice; newer Pythons and machines of one core each have a word to say about it.

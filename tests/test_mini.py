@@ -14,9 +14,9 @@ from tokenizers_vis.eval.metrics import CodebookUsage, psnr
 from tokenizers_vis.eval.perceptual import perceptual
 from tokenizers_vis.eval.thumbnail import thumbnail
 from tokenizers_vis.images import load_image
+from tokenizers_vis.sources import open_source
 from tokenizers_vis.tokenizer import Tokenizer
 from tokenizers_vis.train.data import val_batches
-from tokenizers_vis.train.sources import open_source
 
 LENGTHS = powers_of_two(64)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tokenizers_vis.images import ImageError, load_image, to_pil
-from tokenizers_vis.train.sources import ImageSource
+from tokenizers_vis.sources import ImageSource
 
 ATTEMPTS = 10
 # What a random stream is for; the first word after the seed, so that no two streams are ever the same.

@@ -23,12 +23,12 @@ from tokenizers_vis.eval.metrics import CodebookUsage, psnr
 from tokenizers_vis.files import write_atomically
 from tokenizers_vis.presets import load, usable_device
 from tokenizers_vis.quantizers.base import NotFiniteError
+from tokenizers_vis.sources import open_source
 from tokenizers_vis.tokenizer import PARTS, Tokenizer
 from tokenizers_vis.train.data import DataConfig, TrainBatches, val_batches
 from tokenizers_vis.train.journal import Journal, stop_on_signal
 from tokenizers_vis.train.losses import LossConfig, LossSum
 from tokenizers_vis.train.optim import Average, OptimConfig, adamw, learning_rate
-from tokenizers_vis.train.sources import open_source
 
 
 @dataclass(frozen=True)
