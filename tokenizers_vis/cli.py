@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tokenizers_vis import cli_eval
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -272,6 +274,11 @@ def doctor(
         write_atomically(report, json.dumps(found.to_dict(), indent=2).encode())
     if not found.sound:
         raise Failure("ids depend on what they should not: see the first lines of the table")
+
+
+app.command(name="eval")(cli_eval.evaluate)
+app.command()(cli_eval.compare)
+app.command()(cli_eval.landmarks)
 
 
 @app.command()
