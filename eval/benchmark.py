@@ -29,6 +29,7 @@ from tokenizers_vis.weights import fetch
 FORMAT = 1
 PARTS = "parts"
 ORIGINALS = "originals"  # the folder of what is known of originals, beside those of the methods
+_OF_MACHINE = ("device", "dtype")  # facts of a method that may differ: several machines may share the work
 _Tick = Callable[[str, int], None]
 
 
@@ -87,14 +88,14 @@ def run(
         raise ValueError("there is nothing to judge on: give photographs, pictures with words, or with faces")
     _claim(out, {task.suite.name: {**task.suite.facts(), "judge": task.judge.describe()} for task in tasks})
     skipped = [one for task in tasks for one in _read_originals(task, out, shard, batch_size, tick)]
-    waiting = list(methods)
     # All that may be missing is found out before the first hour of work.
-    for method in waiting:
+    for method in methods:
         _have(method, tasks)
-    while waiting:
-        method = waiting.pop(0)  # not held any longer, so that its weights can go when it is done
+    for number, method in enumerate(methods):
         for task in tasks:
             _reconstruct(method, task, out, shard, batch_size, examples, tick)
+        if not any(_shares(method, other) for other in methods[number + 1 :]):
+            method.release()  # one tokenizer after the other is in memory
     return skipped
 
 
@@ -253,6 +254,11 @@ def _have(method: Method, tasks: Sequence[Task]) -> None:
         fetch(*(method.source.table[key] for key in ("hub", "file", "sha256")))
 
 
+def _shares(method: Method, other: Method) -> bool:
+    """Whether the two use one loaded tokenizer."""
+    return method.kind == other.kind == "tokenizer" and method.source is other.source
+
+
 def _cost(item: Item, one: Reconstruction) -> Row:
     h, w = item.pixels.shape[:2]
     row: Row = {"i": item.i, "image": item.name, "width": w, "height": h, "bytes": one.nbytes, "bits": one.bits}
@@ -284,21 +290,19 @@ def _same_method(folder: Path, description: Mapping[str, Any]) -> None:
     """Writes down what made the rows of a folder. Raises ``ValueError`` when that was something else."""
     path = folder / "method.json"
     mine = finite(json.loads(json.dumps(dict(description), default=str)))
-    if path.is_file():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        machine = ("device", "dtype")  # several machines may share the work
-        for side in (theirs, dict(mine)):
-            for key in machine:
-                side.pop(key, None)
-        here = {key: value for key, value in mine.items() if key not in machine}
-        if theirs != here:
-            raise ValueError(
-                f"{mine['label']} was another method when its rows in {folder} were measured: "
-                f"{'; '.join(_differences(theirs, here))}. Give another folder as --out, or delete that one"
-            )
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(mine, indent=1).encode())
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(mine, indent=1).encode())
+    there, here = (
+        {key: value for key, value in one.items() if key not in _OF_MACHINE}
+        for one in (json.loads(path.read_text(encoding="utf-8")), mine)
+    )
+    if there != here:
+        raise ValueError(
+            f"{mine['label']} was another method when its rows in {folder} were measured: "
+            f"{'; '.join(_differences(there, here))}. Give another folder as --out, or delete that one"
+        )
 
 
 def _batches(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:

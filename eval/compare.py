@@ -70,7 +70,8 @@ def compare(first: str | Path, second: str | Path) -> Comparison:
         shared += len(common)
         for column in suite["columns"] if common else []:
             same = next((found for found in other["columns"] if found["key"] == column["key"]), None)
-            if same is None or not column["better"]:
+            # How long it took is the machine's, not in the stamp; what a stored picture costs is the method's.
+            if same is None or not column["better"] or (column["group"] == "cost" and column["key"] != "bytes"):
                 continue
             difference = Stamp.from_dict(column["stamp"]).difference(Stamp.from_dict(same["stamp"]))
             if difference:

@@ -44,6 +44,9 @@ class Method(ABC):
         Pillow lacks, or names without a reconstruction.
         """
 
+    def release(self) -> None:  # noqa: B027 - most methods hold nothing
+        """Lets go of what it loaded; it is loaded again when it is asked for."""
+
     @abstractmethod
     def reconstruct(self, images: Sequence[np.ndarray], names: Sequence[str]) -> list[Reconstruction]:
         """images: uint8 h w 3 each, sizes may differ; names: theirs. The result is the same however they are batched.

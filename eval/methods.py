@@ -76,6 +76,10 @@ class LazyTokenizer:
             self._loaded = load(self.target, self.device)
         return self._loaded
 
+    def release(self) -> None:
+        """Lets go of the loaded one; ``get`` loads it again."""
+        self._loaded = None
+
 
 class TokenizerMethod(Method):
     """A tokenizer at one number of tokens.
@@ -141,6 +145,9 @@ class TokenizerMethod(Method):
             )
             for i, (square, (_, place)) in enumerate(zip(squares, fitted, strict=True))
         ]
+
+    def release(self) -> None:
+        self.source.release()
 
     def describe(self) -> dict[str, Any]:
         tok = self.source.get()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
+from tokenizers_vis import presets
 from tokenizers_vis.cli import main
 from tokenizers_vis.eval.benchmark import ORIGINALS, Shard, Task, folder_of, missing, run
 from tokenizers_vis.eval.evaluate import evaluate
@@ -185,6 +188,26 @@ def test_the_batch_size_does_not_matter(
     suite, _ = tables(tmp_path, one, labels)
     for label in labels:
         assert same(cells(suite, label), cells(whole[0], label))
+
+
+def test_a_tokenizer_is_loaded_once_and_let_go(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    held: list[int] = []
+    real = presets.load
+
+    def load(*given: Any, **options: Any) -> Any:
+        held.append(sum(one() is not None for one in loaded))
+        tok = real(*given, **options)
+        loaded.append(weakref.ref(tok))
+        return tok
+
+    monkeypatch.setattr(presets, "load", load)
+    saved = tmp_path / "other.safetensors"
+    real("mini", "cpu").save(saved)
+    methods = parse_methods(["mini@1,4", f"{saved}@2"])
+    run(methods, [task(folder, nets=False)], tmp_path / "out")
+    gc.collect()
+    assert held == [0, 0] and [one() for one in loaded] == [None, None]
 
 
 def test_shards_find_what_one_process_finds(folder: Path, whole: tuple[dict[str, Any], str], tmp_path: Path) -> None:
