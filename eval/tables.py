@@ -21,7 +21,8 @@ def written(value: Any, digits: int) -> str:
         return NOTHING
     if isinstance(value, str):
         return "∞" if value == "inf" else value
-    return f"{value:,.{digits}f}"
+    shown = f"{value:,.{digits}f}"
+    return shown.removeprefix("-") if not shown.strip("-0.") else shown  # no minus before what rounds to 0
 
 
 def markdown(results: Mapping[str, Any]) -> str:

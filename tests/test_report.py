@@ -185,7 +185,15 @@ def test_markdown_and_latex_hold_the_table(results: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("value", "digits", "shown"),
-    [(None, 2, "–"), ("inf", 2, "∞"), (1234.5, 0, "1,234"), (0.126, 2, "0.13"), ("a", 0, "a")],
+    [
+        (None, 2, "–"),
+        ("inf", 2, "∞"),
+        (1234.5, 0, "1,234"),
+        (0.126, 2, "0.13"),
+        (-1e-9, 2, "0.00"),
+        (-0.5, 1, "-0.5"),
+        ("a", 0, "a"),
+    ],
 )
 def test_how_numbers_are_written(value: Any, digits: int, shown: str) -> None:
     assert written(value, digits) == shown
