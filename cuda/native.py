@@ -118,7 +118,7 @@ def _built(command: list[str]) -> Path:
     command = [*command, *FLAGS, "-mcpu=native" if arm else "-march=native"]
     sources = [path.read_text(encoding="utf-8") for path in (SOURCE, HEADER)]
     key = "\0".join([*command, version, _cpu(), *sources])
-    folder = Path(os.environ.get("TOKENIZERS_VIS_CACHE") or Path.home() / ".cache" / "tokenizers_vis")
+    folder = cache_folder()
     path = folder / f"nearest-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,3 +139,8 @@ def _cpu() -> str:
         wanted = ("model name", "flags", "Features")
         lines += sorted({line for line in info.read_text().splitlines() if line.startswith(wanted)})
     return "\n".join(lines)
+
+
+def cache_folder() -> Path:
+    """Where this library keeps what it builds or learns of a machine: $TOKENIZERS_VIS_CACHE, or the user's cache."""
+    return Path(os.environ.get("TOKENIZERS_VIS_CACHE") or Path.home() / ".cache" / "tokenizers_vis")

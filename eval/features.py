@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokenizers_vis.config import did_you_mean
 from tokenizers_vis.eval.inception import DIM, SIZE, FIDInception, tf1_bilinear
-from tokenizers_vis.eval.perceptual import read_weights
+from tokenizers_vis.eval.perceptual import not_at_hand, read_weights
 from tokenizers_vis.weights import CheckpointError, load_strictly
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -217,12 +217,7 @@ def _timm_net(model: str, weights: str, options: dict) -> tuple[nn.Module, bool]
         try:
             return timm.create_model(model, pretrained=True, num_classes=0, **options), False
         except Exception as error:  # the hub's client raises errors of several libraries when it cannot connect
-            config = timm.get_pretrained_cfg(model)
-            where = f"https://huggingface.co/{config.hf_hub_id}" if config and config.hf_hub_id else "nowhere it knows"
-            raise ValueError(
-                f"the pretrained weights of {model} are not in the cache and cannot be had from {where} "
-                f"({type(error).__name__}); go online once, or give a local .safetensors or .pth file as weights"
-            ) from error
+            raise not_at_hand(model, error) from error
     state, metadata = read_weights(weights)
     head = timm.get_pretrained_cfg(model).classifier
     found = state.get(f"{head[0] if isinstance(head, tuple) else head}.weight")

@@ -256,12 +256,19 @@ def _timm_features(model: str, weights: str, layers: tuple[int, ...], options: d
     try:
         return timm.create_model(model, features_only=True, pretrained=True, **arguments)
     except Exception as error:  # the hub's client raises errors of several libraries when it cannot connect
-        config = timm.get_pretrained_cfg(model)
-        where = f"https://huggingface.co/{config.hf_hub_id}" if config and config.hf_hub_id else "nowhere timm knows"
-        raise ValueError(
-            f"the pretrained weights of {model} are not in the cache and cannot be had from {where} "
-            f"({type(error).__name__}); go online once, or give a local .safetensors or .pth file as weights"
-        ) from error
+        raise not_at_hand(model, error) from error
+
+
+def not_at_hand(model: str, error: Exception) -> ValueError:
+    """What to raise when timm's pretrained weights cannot be had."""
+    import timm
+
+    config = timm.get_pretrained_cfg(model)
+    where = f"https://huggingface.co/{config.hf_hub_id}" if config and config.hf_hub_id else "nowhere timm knows"
+    return ValueError(
+        f"the pretrained weights of {model} are not in the cache and cannot be had from {where} "
+        f"({type(error).__name__}); go online once, or give a local .safetensors or .pth file as weights"
+    )
 
 
 def _matching(net: nn.Module, model: str, weights: str, options: dict) -> dict[str, Tensor]:

@@ -142,6 +142,12 @@ def check_option(fits: bool, rule: str, value: object) -> None:
         raise ValueError(f"{rule}, got {value!r}")
 
 
+def weighted(losses: Mapping[str, tuple[float, Tensor]], like: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """(weight, loss) by name -> their weighted sum, and each un-weighted, for ``Quantized``. like: dtype and device."""
+    loss = sum((weight * value for weight, value in losses.values()), start=like.new_zeros(()))
+    return loss, {name: value.detach() for name, (_, value) in losses.items()}
+
+
 def straight_through(codes: Tensor, z: Tensor) -> Tensor:
     """The codes, bit for bit, with the gradient going to z as if codes were z (Bengio et al. 2013).
 

@@ -20,7 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tokenizers_vis.cuda.ops import nearest_code
-from tokenizers_vis.quantizers.base import Quantized, Quantizer, check_option, rotation_trick, straight_through
+from tokenizers_vis.quantizers.base import (
+    Quantized,
+    Quantizer,
+    check_option,
+    rotation_trick,
+    straight_through,
+    weighted,
+)
 from tokenizers_vis.quantizers.float32 import keep_dtype
 
 
@@ -81,8 +88,7 @@ class FrozenTable(Quantizer):
             losses["commitment"] = self.commitment, F.mse_loss(z, codes.detach())
         if self.codebook_weight:
             losses["codebook"] = self.codebook_weight, F.mse_loss(codes, z.detach())
-        loss = sum((weight * value for weight, value in losses.values()), start=z.new_zeros(()))
-        return loss, {name: value.detach() for name, (_, value) in losses.items()}
+        return weighted(losses, z)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenTable:
         return super()._apply(keep_dtype(fn), recurse)

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizers_vis.cuda.ops import nearest_code, softmax_entropy
-from tokenizers_vis.quantizers.base import Quantized, Quantizer, check_option
+from tokenizers_vis.quantizers.base import Quantized, Quantizer, check_option, weighted
 from tokenizers_vis.quantizers.float32 import keep_dtype
 from tokenizers_vis.quantizers.soft_vq import mixture
 
@@ -115,8 +115,7 @@ class IBQ(Quantizer):
             losses["sample_entropy"] = self.entropy, sample
             if self.gamma:
                 losses["batch_entropy"] = -self.entropy * self.gamma, batch
-        loss = sum((weight * value for weight, value in losses.values()), start=z.new_zeros(()))
-        return loss, {name: value.detach() for name, (_, value) in losses.items()}
+        return weighted(losses, z)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IBQ:
         return super()._apply(keep_dtype(fn), recurse)

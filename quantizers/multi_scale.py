@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tokenizers_vis.quantizers.base import Quantized, Quantizer, check_ids, check_option, straight_through
+from tokenizers_vis.quantizers.base import Quantized, Quantizer, check_ids, check_option, straight_through, weighted
 from tokenizers_vis.quantizers.compose import learn_once, levels_kept
 from tokenizers_vis.quantizers.float32 import keep_dtype
 
@@ -185,8 +185,7 @@ class MultiScale(Quantizer):
             losses["commitment"] = self.commitment, per_image(f - total.detach()) @ mean
         if self.codebook_weight:
             losses["codebook"] = self.codebook_weight, per_image(total - f.detach()) @ mean
-        loss = sum((weight * value for weight, value in losses.values()), start=f.new_zeros(()))
-        return loss, {name: value.detach() for name, (_, value) in losses.items()}
+        return weighted(losses, f)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MultiScale:
         return super()._apply(keep_dtype(fn), recurse)

@@ -18,6 +18,7 @@ from tokenizers_vis.quantizers.base import (
     is_distributed,
     over_ranks,
     straight_through,
+    weighted,
 )
 from tokenizers_vis.quantizers.float32 import keep_dtype
 
@@ -119,8 +120,7 @@ class OptVQ(Quantizer):
             losses["commitment"] = self.commitment, F.mse_loss(z, codes.detach())
         if self.codebook_weight:
             losses["codebook"] = self.codebook_weight, F.mse_loss(codes, z.detach())
-        loss = sum((weight * value for weight, value in losses.values()), start=z.new_zeros(()))
-        return loss, {name: value.detach() for name, (_, value) in losses.items()}
+        return weighted(losses, z)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptVQ:
         return super()._apply(keep_dtype(fn), recurse)

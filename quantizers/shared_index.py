@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizers_vis.cuda.ops import nearest_code, softmax_entropy
-from tokenizers_vis.quantizers.base import Quantized, Quantizer, check_option, straight_through
+from tokenizers_vis.quantizers.base import Quantized, Quantizer, check_option, straight_through, weighted
 from tokenizers_vis.quantizers.float32 import keep_dtype
 
 
@@ -127,8 +127,7 @@ class SharedIndex(Quantizer):
             )
             losses["sample_entropy"] = self.entropy, sample
             losses["batch_entropy"] = -self.entropy, batch
-        loss = sum((weight * value for weight, value in losses.values()), start=z.new_zeros(()))
-        return loss, {name: value.detach() for name, (_, value) in losses.items()}
+        return weighted(losses, z)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SharedIndex:
         return super()._apply(keep_dtype(fn), recurse)

@@ -23,6 +23,7 @@ from tokenizers_vis.quantizers.base import (
     over_ranks,
     rotation_trick,
     straight_through,
+    weighted,
 )
 from tokenizers_vis.quantizers.codebook import anchors, draw, kmeans, pull, smoothed_means
 from tokenizers_vis.quantizers.float32 import keep_dtype
@@ -205,8 +206,7 @@ class VQ(Quantizer):
             )
             losses["sample_entropy"] = self.entropy, sample
             losses["batch_entropy"] = -self.entropy, batch
-        loss = sum((weight * value for weight, value in losses.values()), start=z.new_zeros(()))
-        return loss, {name: value.detach() for name, (_, value) in losses.items()}
+        return weighted(losses, z)
 
     @torch.no_grad()
     def _start(self, rows: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import random
 import socket
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import tokenizers_vis
 
@@ -98,6 +100,34 @@ def recorded() -> Callable[[str], tuple[dict[str, torch.Tensor], dict[str, str]]
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
 
     return read
+
+
+Official = tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def official(recorded: Callable[[str], tuple[dict[str, torch.Tensor], dict[str, str]]]) -> Callable[[str], Official]:
+    """``official("fqgan_dual")``: weights by the authors' names in float32, the other tensors, and the options."""
+
+    def split(name: str) -> Official:
+        tensors, metadata = recorded(name)
+        weights = {key[8:]: value.float() for key, value in tensors.items() if key.startswith("weights.")}
+        rest = {key: value for key, value in tensors.items() if not key.startswith("weights.")}
+        return weights, rest, json.loads(metadata["options"])
+
+    return split
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """``folder(weights, options)``: a download as it lies on disk."""
+
+    def write(weights: dict[str, torch.Tensor], options: dict[str, Any]) -> Path:
+        save_file(weights, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(options))
+        return tmp_path
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import tokenizers_vis as tv
@@ -22,24 +20,9 @@ from tokenizers_vis.encoders.fqgan import FactorizedEncoder
 from tokenizers_vis.tokenizer import Tokenizer
 from tokenizers_vis.weights import CheckpointError
 
-Recorded = Callable[[str], tuple[dict[str, Tensor], dict[str, str]]]
 KINDS = ["dual", "triple"]
 PRESETS = ["fqgan-dual-16", "fqgan-triple-16", "fqgan-dual-8", "fqgan-triple-8"]
 MANIFEST = Path(__file__).parent / "fixtures" / "manifests" / "fqgan.json.gz"
-
-
-def official(recorded: Recorded, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """Weights by the authors' names in float32, the other tensors, and the options."""
-    tensors, metadata = recorded(f"fqgan_{kind}")
-    weights = {key[8:]: value.float() for key, value in tensors.items() if key.startswith("weights.")}
-    rest = {key: value for key, value in tensors.items() if not key.startswith("weights.")}
-    return weights, rest, json.loads(metadata["options"])
-
-
-def folder(path: Path, weights: dict[str, Tensor], options: dict) -> Path:
-    save_file(weights, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(options))
-    return path
 
 
 def flat(grid: Tensor) -> Tensor:
@@ -47,9 +30,9 @@ def flat(grid: Tensor) -> Tensor:
 
 
 @pytest.fixture(params=KINDS)
-def pair(request: pytest.FixtureRequest, recorded: Recorded, tmp_path: Path) -> tuple[Tokenizer, dict[str, Tensor]]:
-    weights, expected, options = official(recorded, request.param)
-    return tv.load(folder(tmp_path, weights, options), device="cpu"), expected
+def pair(request: pytest.FixtureRequest, official, folder) -> tuple[Tokenizer, dict[str, Tensor]]:
+    weights, expected, options = official(f"fqgan_{request.param}")
+    return tv.load(folder(weights, options), device="cpu"), expected
 
 
 class TestAgreement:
@@ -87,17 +70,17 @@ class TestAgreement:
         ):
             torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=2e-5)
 
-    def test_a_checkpoint_of_training_is_read_with_its_averaged_weights(self, recorded, tmp_path):
-        weights, _, options = official(recorded, "dual")
+    def test_a_checkpoint_of_training_is_read_with_its_averaged_weights(self, tmp_path, official):
+        weights, _, options = official("fqgan_dual")
         torch.save({"model": {key: value * 0 for key, value in weights.items()}, "ema": weights}, tmp_path / "a.pt")
         (tmp_path / "config.json").write_text(json.dumps(options))
         tok = tv.load(tmp_path, device="cpu")
         assert torch.equal(tok.decoder.pixels.from_codes.weight, weights["post_quant_conv.weight"])
 
-    def test_without_heads_it_loads_and_foretells_nothing(self, recorded, tmp_path):
-        weights, expected, options = official(recorded, "dual")
+    def test_without_heads_it_loads_and_foretells_nothing(self, official, folder):
+        weights, expected, options = official("fqgan_dual")
         weights = {key: value for key, value in weights.items() if not key.startswith("feat_pred_head.")}
-        tok = tv.load(folder(tmp_path, weights, options), device="cpu")
+        tok = tv.load(folder(weights, options), device="cpu")
         assert tok.decoder.features(tok.quantizer.lookup(expected["ids"])) == ()
         assert torch.equal(tok.encode(expected["images"]).ids, expected["ids"])
 
@@ -109,16 +92,16 @@ class TestAgreement:
 
 
 class TestRefusals:
-    def test_weights_that_are_missing_or_left_over_are_named(self, recorded, tmp_path):
-        weights, _, options = official(recorded, "dual")
+    def test_weights_that_are_missing_or_left_over_are_named(self, official, folder):
+        weights, _, options = official("fqgan_dual")
         weights["encoder.more.weight"] = weights.pop("quant_conv_sem.bias")
         with pytest.raises(CheckpointError, match="missing: encoder.branches.1.to_codes.bias.*left over: encoder.more"):
-            tv.load(folder(tmp_path, weights, options), device="cpu")
+            tv.load(folder(weights, options), device="cpu")
 
-    def test_the_triple_is_no_dual(self, recorded, tmp_path):
-        weights, _, options = official(recorded, "triple")
+    def test_the_triple_is_no_dual(self, official, folder):
+        weights, _, options = official("fqgan_triple")
         with pytest.raises(CheckpointError, match="missing.*left over"):
-            tv.load(folder(tmp_path, weights, options | {"codebooks": 2}), device="cpu")
+            tv.load(folder(weights, options | {"codebooks": 2}), device="cpu")
 
     def test_a_checkpoint_of_another_family_is_told(self, tmp_path):
         torch.save({"model": {"quantize.embedding.weight": torch.zeros(4, 2)}}, tmp_path / "other.pt")
@@ -156,8 +139,8 @@ class TestReleases:
         kept = [key for key in shapes if not key.endswith("codebook_used")]
         assert sum(p.numel() for p in tok.parameters()) == sum(weights[key].numel() for key in kept)
 
-    def test_a_mistake_in_the_config_is_told(self, recorded):
-        weights, _, options = official(recorded, "dual")
+    def test_a_mistake_in_the_config_is_told(self, official):
+        weights, _, options = official("fqgan_dual")
         converted = convert("fqgan", options | {"num_heads": 5}, weights)
         with pytest.raises(ConfigError, match="not a multiple of heads 5"):
             Tokenizer.from_config({"name": "x", **converted.config})

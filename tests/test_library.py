@@ -11,32 +11,9 @@ from tokenizers_vis.config import ConfigError, build
 from tokenizers_vis.quantizers.base import Quantizer
 from tokenizers_vis.quantizers.library import Library
 
-LIBRARY = {
-    "VectorQuantize": (6, {"codebook_size": 16}),
-    "VectorQuantize heads": (
-        6,
-        {
-            "codebook_size": 16,
-            "heads": 2,
-            "separate_codebook_per_head": True,
-            "codebook_dim": 3,
-            "use_cosine_sim": True,
-        },
-    ),
-    "ResidualVQ": (6, {"codebook_size": [16, 8, 4]}),
-    "GroupedResidualVQ": (6, {"codebook_size": 16, "num_quantizers": 2, "groups": 3}),
-    "FSQ": (6, {"levels": [5, 4, 3]}),
-    "LFQ": (6, {"codebook_size": 8, "num_codebooks": 2}),
-    "SimVQ": (6, {"codebook_size": 16}),
-    "ResidualFSQ": (6, {"levels": [5, 4, 3], "num_quantizers": 2}),
-    "GroupedResidualLFQ": (6, {"codebook_size": 8, "num_quantizers": 2, "groups": 2}),
-    "ResidualSimVQ": (6, {"codebook_size": 16, "num_quantizers": 2}),
-}
 
-
-def make(key: str) -> Quantizer:
-    name, (dim, options) = key.removeprefix("library "), LIBRARY[key.removeprefix("library ")]
-    return build(Quantizer, {"kind": "library", "name": name.split()[0], "dim": dim, "options": options})
+def make(name: str, **options: object) -> Quantizer:
+    return build(Quantizer, {"kind": "library", "name": name, "dim": 6, "options": options})
 
 
 class TestLibrary:
@@ -45,12 +22,23 @@ class TestLibrary:
         pytest.importorskip("vector_quantize_pytorch")
 
     def test_codebook_sizes(self):
-        sizes = {name: make(f"library {name}").codebook_sizes for name in LIBRARY}
-        assert sizes["VectorQuantize heads"] == (16, 16) and sizes["ResidualVQ"] == (16, 8, 4)
-        assert sizes["GroupedResidualVQ"] == (16,) * 6 and sizes["FSQ"] == (60,) and sizes["LFQ"] == (8, 8)
+        heads = make(
+            "VectorQuantize",
+            codebook_size=16,
+            heads=2,
+            separate_codebook_per_head=True,
+            codebook_dim=3,
+            use_cosine_sim=True,
+        )
+        assert heads.codebook_sizes == (16, 16)
+        assert make("ResidualVQ", codebook_size=[16, 8, 4]).codebook_sizes == (16, 8, 4)
+        assert make("GroupedResidualVQ", codebook_size=16, num_quantizers=2, groups=3).codebook_sizes == (16,) * 6
+        assert make("FSQ", levels=[5, 4, 3]).codebook_sizes == (60,)
+        assert make("LFQ", codebook_size=8, num_codebooks=2).codebook_sizes == (8, 8)
 
     def test_groups_come_one_after_the_other(self):
-        quantizer, z = make("library GroupedResidualVQ").eval(), torch.randn(3, 5, 6)
+        quantizer = make("GroupedResidualVQ", codebook_size=16, num_quantizers=2, groups=3).eval()
+        z = torch.randn(3, 5, 6)
         out = quantizer(z)
         ids = out.ids.clone()
         ids[..., 2:4] = (ids[..., 2:4] + 1) % 16  # the second of three groups: its two levels, its two dimensions

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 import tokenizers_vis as tv
@@ -21,23 +19,8 @@ from tokenizers_vis.encoders.dual import VisionTower
 from tokenizers_vis.tokenizer import Tokenizer
 from tokenizers_vis.weights import CheckpointError
 
-Recorded = Callable[[str], tuple[dict[str, Tensor], dict[str, str]]]
 LEFT_OUT = ("encoder.layers.26.", "post_layernorm.", "head.")  # of SigLIP
 MANIFEST = Path(__file__).parent / "fixtures" / "manifests" / "tokenflow.json.gz"
-
-
-def official(recorded: Recorded, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """Weights by the authors' names in float32, the other tensors, and the options."""
-    tensors, metadata = recorded(f"tokenflow_{kind}")
-    weights = {key[8:]: value.float() for key, value in tensors.items() if key.startswith("weights.")}
-    rest = {key: value for key, value in tensors.items() if not key.startswith("weights.")}
-    return weights, rest, json.loads(metadata["options"])
-
-
-def folder(path: Path, weights: dict[str, Tensor], options: dict) -> Path:
-    save_file(weights, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(options))
-    return path
 
 
 def flat(grid: Tensor) -> Tensor:
@@ -45,9 +28,9 @@ def flat(grid: Tensor) -> Tensor:
 
 
 @pytest.fixture(params=["clip", "siglip"])
-def pair(request: pytest.FixtureRequest, recorded: Recorded, tmp_path: Path) -> tuple[Tokenizer, dict[str, Tensor]]:
-    weights, expected, options = official(recorded, request.param)
-    return tv.load(folder(tmp_path, weights, options), device="cpu"), expected
+def pair(request: pytest.FixtureRequest, official, folder) -> tuple[Tokenizer, dict[str, Tensor]]:
+    weights, expected, options = official(f"tokenflow_{request.param}")
+    return tv.load(folder(weights, options), device="cpu"), expected
 
 
 class TestAgreement:
@@ -91,12 +74,12 @@ class TestAgreement:
         ):
             torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=2e-5)
 
-    def test_siglip_is_read_by_the_names_of_older_transformers_too(self, recorded, tmp_path):
-        weights, expected, options = official(recorded, "siglip")
+    def test_siglip_is_read_by_the_names_of_older_transformers_too(self, official, folder):
+        weights, expected, options = official("tokenflow_siglip")
         theirs = "encoder_vqkd."
         old = {key.replace(theirs, f"{theirs}vision_model."): value for key, value in weights.items()}
         assert old.keys() != weights.keys()
-        tok = tv.load(folder(tmp_path, old, options), device="cpu")
+        tok = tv.load(folder(old, options), device="cpu")
         assert torch.equal(tok.encode(expected["images"]).ids[..., 0], expected["ids"])
 
     def test_what_is_saved_decodes_as_before(self, pair, tmp_path):
@@ -108,23 +91,23 @@ class TestAgreement:
 
 
 class TestRefusals:
-    def test_weights_that_are_missing_or_left_over_are_named(self, recorded, tmp_path):
-        weights, _, options = official(recorded, "clip")
+    def test_weights_that_are_missing_or_left_over_are_named(self, official, folder):
+        weights, _, options = official("tokenflow_clip")
         weights["encoder_vqkd.more"] = weights.pop("decoder_vqkd.blocks.0.attn.v_bias")
         with pytest.raises(
             CheckpointError, match=r"missing: .*attention\.qkv\.bias.*left over: .*encoder\.semantic\.more"
         ):
-            tv.load(folder(tmp_path, weights, options), device="cpu")
+            tv.load(folder(weights, options), device="cpu")
 
     @pytest.mark.parametrize("gone", ["quantize.embedding_vqkd.weight", "encoder_vqkd.conv1.weight"])
-    def test_a_checkpoint_of_another_model_is_told(self, recorded, tmp_path, gone):
-        weights, _, options = official(recorded, "clip")
+    def test_a_checkpoint_of_another_model_is_told(self, gone, official, folder):
+        weights, _, options = official("tokenflow_clip")
         del weights[gone]
         with pytest.raises(CheckpointError, match=f"holds no {gone}, so it is of another model"):
-            tv.load(folder(tmp_path, weights, options), device="cpu")
+            tv.load(folder(weights, options), device="cpu")
 
-    def test_codebooks_of_different_lengths_are_refused(self, recorded):
-        weights, _, options = official(recorded, "clip")
+    def test_codebooks_of_different_lengths_are_refused(self, official):
+        weights, _, options = official("tokenflow_clip")
         weights["quantize.embedding_vqkd.weight"] = weights["quantize.embedding_vqkd.weight"][1:]
         with pytest.raises(CheckpointError, match="both codebooks are of one length"):
             convert("tokenflow", options, weights)
@@ -133,20 +116,20 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="'clipb_224' or 'siglip_384'.*got 'vitamin_xlarge_256'"):
             convert("tokenflow", {"teacher": "vitamin_xlarge_256"}, {})
 
-    def test_a_tensor_with_other_axes_is_told(self, recorded):
-        weights, _, options = official(recorded, "clip")
+    def test_a_tensor_with_other_axes_is_told(self, official):
+        weights, _, options = official("tokenflow_clip")
         weights["encoder_vqkd.conv1.weight"] = weights["encoder_vqkd.conv1.weight"].flatten(1)
         with pytest.raises(CheckpointError, match=r"conv1.weight has 4 axes, got \(36, 12\)"):
             convert("tokenflow", options, weights)
 
-    def test_scales_that_do_not_end_in_the_grid_are_refused(self, recorded):
-        weights, _, options = official(recorded, "clip")
+    def test_scales_that_do_not_end_in_the_grid_are_refused(self, official):
+        weights, _, options = official("tokenflow_clip")
         table = convert("tokenflow", options | {"scale_rq_layers": [1, 2, 5]}, weights).config
         with pytest.raises(ConfigError, match="takes 25 vectors an image, the encoder gives 36"):
             Tokenizer.from_config({"name": "x", **table})
 
-    def test_both_encoders_look_at_one_grid(self, recorded):
-        weights, _, options = official(recorded, "clip")
+    def test_both_encoders_look_at_one_grid(self, official):
+        weights, _, options = official("tokenflow_clip")
         table = convert("tokenflow", options, weights).config
         table["encoder"]["pixels"]["size"] += 2
         with pytest.raises(ConfigError, match="both encoders look at one grid"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from tokenizers_vis.cuda.native import cache_folder
 
 
 class CheckpointError(ValueError):
@@ -95,8 +96,7 @@ def _mark(path: Path, sha256: str) -> Path:
     """An empty file that says: this file, of this size and time, was found to have this sha256."""
     facts = path.resolve().stat()
     key = hashlib.sha256(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns} {sha256}".encode()).hexdigest()
-    cache = os.environ.get("TOKENIZERS_VIS_CACHE") or Path.home() / ".cache" / "tokenizers_vis"
-    return Path(cache) / "verified" / key
+    return cache_folder() / "verified" / key
 
 
 def check_sha256(path: Path, expected: str) -> None:
