@@ -30,11 +30,13 @@ class Decoder(nn.Module, ABC):
     """Abstract. ``lengths`` (b, int64) says how many leading tokens of each image count; None is all.
 
     ``one_pass`` says whether a picture takes one evaluation of the network; the others take ``steps`` of them.
+    ``side`` is the height and width of y, for a canvas that fits; None where it is any.
     """
 
     dim: int
     max_tokens: int
     one_pass: bool
+    side: int | None = None
 
     @classmethod
     def kinds(cls) -> Mapping[str, type[Decoder]]:

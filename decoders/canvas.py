@@ -16,10 +16,14 @@ Resize = Literal["crop", "pad", "exact"]
 
 
 class Canvas(nn.Module, ABC):
-    """Abstract. ``image_size`` is the height and width of the square images that ``read`` takes."""
+    """Abstract. ``image_size`` is the height and width of the square images that ``read`` takes.
+
+    ``pictures_only`` says that training has no y to aim at here (``views``), so that losses on pictures do it all.
+    """
 
     image_size: int
     resize: Resize
+    pictures_only: bool = False
 
     @classmethod
     def kinds(cls) -> Mapping[str, type[Canvas]]:
@@ -39,6 +43,11 @@ class Canvas(nn.Module, ABC):
             raise ValueError(f"resize is one of {', '.join(get_args(Resize))}; got {how!r}")
         return fit(image, self.image_size, how)
 
+    @property
+    def sides(self) -> tuple[int, int | None]:
+        """Height and width of x, and of y (None where it has no y of its own)."""
+        return self.image_size, self.image_size
+
     @abstractmethod
     def read(self, images: Tensor) -> Tensor:
         """images -> x, what the encoder sees."""
@@ -47,8 +56,8 @@ class Canvas(nn.Module, ABC):
     def target(self, images: Tensor) -> Tensor:
         """images -> y, what the decoder aims at."""
 
-    def views(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images -> x and y, for training, which needs both."""
+    def views(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """images -> x and y, for training, which needs both. y is None where only pictures can be compared."""
         return self.read(images), self.target(images)
 
     @abstractmethod

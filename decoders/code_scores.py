@@ -20,6 +20,10 @@ class CodeScores(Canvas):
         super().__init__()
         self.image_size, self.resize, self.needs = size, resize, needs
 
+    @property
+    def sides(self) -> tuple[int, None]:
+        return self.image_size, None
+
     def read(self, images: Tensor) -> Tensor:
         return images
 

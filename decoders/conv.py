@@ -238,7 +238,7 @@ class GridDecoder(Decoder):
     ) -> None:
         super().__init__()
         self.grid = grid_of(size, 2 ** (len(channel_mult) - 1))
-        self.dim, self.max_tokens = dim, self.grid**2
+        self.dim, self.max_tokens, self.side = dim, self.grid**2, size
         self.objective = {"l1": F.l1_loss, "l2": F.mse_loss}[objective]
         self.from_codes = codes_conv(dim, z_channels, style)
         self.net = ConvDecoder(

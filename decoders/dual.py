@@ -88,15 +88,15 @@ class DualDecoder(Decoder):
                 raise ValueError(f"a code has dim {dim} numbers, and {what} would see {end}")
         if any(head.grid != pixels.grid for head in heads):
             raise ValueError(f"heads see the grid of the pixels, of side {pixels.grid}; got {[h.grid for h in heads]}")
-        self.dim, self.size, self.max_tokens = dim, size, pixels.max_tokens
+        self.dim, self.side, self.max_tokens = dim, size, pixels.max_tokens
         self.pixels = pixels
         self.heads = nn.ModuleList(heads)
 
     def forward(self, codes: Tensor, lengths: Tensor | None = None, **sampling: Any) -> Tensor:
         self.check_codes(codes)
         y = self.pixels(codes[..., -self.pixels.dim :], lengths, **sampling)
-        if y.shape[-1] != self.size:
-            y = F.interpolate(y, size=(self.size, self.size), mode="bicubic")
+        if y.shape[-1] != self.side:
+            y = F.interpolate(y, size=(self.side, self.side), mode="bicubic")
         return y
 
     def features(self, codes: Tensor) -> tuple[Tensor, ...]:

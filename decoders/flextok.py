@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tokenizers_vis.decoders.base import Decoder, DecoderLoss
 from tokenizers_vis.decoders.paths import interpolate, logit_normal, mode_sampled, stratified_logit_normal
-from tokenizers_vis.decoders.sampling import Sampling
+from tokenizers_vis.decoders.sampling import Branches, Sampling, Stage, draw
 from tokenizers_vis.decoders.transformer import (
     ALL,
     MLP,
@@ -108,11 +108,12 @@ class FlexTokDecoder(Decoder):
         steps: int = 25,
         guidance: float = 7.5,
         guidance_kind: Literal["cfg", "apg"] = "apg",
-        solver: Literal["euler", "heun"] = "euler",
+        solver: Literal["euler", "heun", "dpm++", "unipc"] = "euler",
     ) -> None:
         super().__init__()
         self.dim, self.max_tokens, self.patch, self.grid = dim, max_tokens, patch, grid_of(size, patch)
-        self.shape = (channels, size, size)
+        self.shape, self.side = (channels, size, size), size
+        self.sizes = (size,)
         self.time_width, self.max_timestep = time_width, max_timestep
         self.times, self.mode_scale, self.null_rate = times, mode_scale, null_rate
         self.defaults = dict(steps=steps, guidance=guidance, guidance_kind=guidance_kind, solver=solver)
@@ -138,23 +139,22 @@ class FlexTokDecoder(Decoder):
 
     def forward(self, codes: Tensor, lengths: Tensor | None = None, **sampling: Any) -> Tensor:
         """Draws pictures y: b c h w for codes: b n d. The options are those of ``Sampling``."""
-        options = Sampling.of(self.defaults, sampling)
-        self.check_codes(codes)
-        x = options.start(len(codes), self.shape).to(codes.device, torch.float32)
+        return draw(self, codes, lengths, Sampling.of(self.defaults, sampling))
+
+    def branches(self, codes: Tensor, lengths: Tensor | None, stage: Stage) -> Branches:
+        """What ``draw`` draws with."""
         registers, nothing = self._registers(codes, lengths), self._nothing()
-        # Numbers, not a tensor: the time features of the original are of these very floats.
-        times = [step / options.steps for step in range(options.steps, -1, -1)]
         # All at once, because half of the weights are those of the modulations.
-        rows = self._modulations(torch.tensor(times[:-1], device=codes.device))
+        rows = self._modulations(torch.tensor(stage.asked, device=codes.device))
+        row_of = {t: slice(i, i + 1) for i, t in enumerate(stage.asked)}
 
-        def velocities(x: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
-            i = times.index(t)
-            now = [row[i : i + 1] for row in rows]
-            # Two passes, because the second is the shorter: as one padded batch they took longer on a CPU.
-            conditional = self._velocity(x, now, registers)
-            return conditional, self._velocity(x, now, nothing) if options.guided else None
+        def velocity(x: Tensor, t: float, registers: Registers) -> Tensor:
+            return self._velocity(x, [row[row_of[t]] for row in rows], registers)
 
-        return options.walk(velocities, x, times)
+        def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            return velocity(x.repeat(2, 1, 1, 1), t, self._and_nothing(registers)).chunk(2)
+
+        return Branches(lambda x, t: velocity(x, t, registers), lambda x, t: velocity(x, t, nothing), both)
 
     def loss(self, codes: Tensor, target: Tensor, lengths: Tensor | None = None) -> DecoderLoss:
         """Mean squared error of the velocity, at a random time per image."""
@@ -240,6 +240,15 @@ class FlexTokDecoder(Decoder):
         """The registers of the unconditional branch, the same for every image."""
         logs = torch.full((1, 1), math.log(self.max_tokens), device=self.null_token.device)
         return Registers(rearrange(self.null_token, "d -> 1 1 d"), self._bias(logs))
+
+    def _and_nothing(self, registers: Registers) -> Registers:
+        """Those of a batch, then as many for its unconditional branch: each stands for its share of the null tokens."""
+        b, r, _ = registers.tokens.shape
+        nothing = rearrange(self.null_token, "d -> 1 1 d").expand(b, r, -1)
+        logs = torch.full((b, r), math.log(self.max_tokens / r), device=nothing.device)
+        untold = self._bias(logs)
+        told = torch.zeros_like(untold) if registers.bias is None else registers.bias
+        return Registers(torch.cat([registers.tokens, nothing.to(registers.tokens.dtype)]), torch.cat([told, untold]))
 
     def _bias(self, logs: Tensor) -> Tensor:
         """Logs of how many each register stands for, b r -> what is added to the logits, b 1 1 (p + r)."""

@@ -1,20 +1,17 @@
 """Rectified flow as functions. Liu et al. 2022, arXiv 2209.03003; Lipman et al. 2022, arXiv 2210.02747.
 
 Time runs from 0 (the picture) to 1 (noise): x_t = (1 - t) x_0 + t noise, with velocity noise - x_0.
-A sampler walks ``times`` downwards with a velocity function v(x, t), t as ``times`` holds it: a number, or a scalar
-tensor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-Time = Tensor | float
-Velocity = Callable[[Tensor, Time], Tensor]
+# Dividing by a vanishing t would blow up the last bit of the way to the picture.
+SMALLEST_T = 0.05
 
 
 def interpolate(picture: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -40,22 +37,21 @@ def mode_sampled(b: int, scale: float, device: torch.device) -> Tensor:
     return 1 - u - scale * ((math.pi * u / 2).cos().square() - 1 + u)
 
 
-def uniform_times(steps: int, device: torch.device | None = None) -> Tensor:
-    """steps + 1 times from 1 down to 0."""
-    return torch.linspace(1, 0, steps + 1, device=device)
+def random_times(steps: int, b: int, device: torch.device) -> Tensor:
+    """(steps + 1) b: for each image times from 1 down to 0 with gaps of random lengths, in proportion to uniform draws.
+
+    As FlowMo draws the steps that it trains through, Sargent et al. 2025, arXiv 2503.11056.
+    """
+    left = torch.rand(steps, b, device=device).clamp_min(1e-6).flip(0).cumsum(0).flip(0)
+    return torch.cat([left / left[0], left.new_zeros(1, b)])
 
 
-def euler(velocity: Velocity, x: Tensor, times: Tensor | Sequence[float]) -> Tensor:
-    """One evaluation a step."""
-    for t, s in zip(times[:-1], times[1:], strict=True):
-        x = x + (s - t) * velocity(x, t)
-    return x
+def velocity_of(out: Tensor, x: Tensor, t: Tensor, predict: str) -> Tensor:
+    """The velocity at x, t that a network's output means: b c h w, t: b or 1. predict: "velocity" or "picture"."""
+    return out if predict == "velocity" else (x - out) / t.view(-1, 1, 1, 1).clamp_min(SMALLEST_T)
 
 
-def heun(velocity: Velocity, x: Tensor, times: Tensor | Sequence[float]) -> Tensor:
-    """Two evaluations a step, second order; the last step, which ends in the picture itself, is Euler's."""
-    for t, s in zip(times[:-1], times[1:], strict=True):
-        v = velocity(x, t)
-        ahead = x + (s - t) * v
-        x = ahead if s == 0 else x + (s - t) * (v + velocity(ahead, s)) / 2
-    return x
+def wanted_velocity(target: Tensor, x: Tensor, t: Tensor, predict: str) -> Tensor:
+    """What ``velocity_of`` shall give on the straight line from noise to target: b c h w, t: b."""
+    # A picture prediction near t = 0 is divided by t; the cap keeps those images from drowning the others.
+    return (x - target) / t.view(-1, 1, 1, 1).clamp_min(SMALLEST_T if predict == "picture" else 0)

@@ -51,6 +51,7 @@ class TiTokDecoder(Decoder):
     ) -> None:
         super().__init__()
         self.dim, self.max_tokens, self.grid = dim, max_tokens, grid_of(size, patch)
+        self.side = size if head == "pixels" else self.grid
         self.text_shape = (text_tokens, text_dim) if text_dim else None
         self.read_codes = nn.Linear(dim, width)
         self.token_positions = learned(max_tokens, width)
@@ -98,13 +99,18 @@ class TiTokDecoder(Decoder):
     def loss(
         self,
         codes: Tensor,
-        target: Tensor,
+        target: Tensor | None,
         lengths: Tensor | None = None,
         text: Tensor | Sequence[str] | None = None,
     ) -> DecoderLoss:
-        """target: a picture b c h w; with logits the ids b h w of its codes. The estimate is what comes out."""
+        """target: a picture b c h w; with logits the ids b h w of its codes, or None in the second stage, in which
+        losses on the picture that the canvas paints of the scores do it all, and the loss here is 0.
+
+        The estimate is what comes out.
+        """
         estimate = self(codes, lengths, text).float()
-        return DecoderLoss(self.head.loss(estimate, target), estimate, estimate.new_ones(len(estimate)))
+        loss = self.head.loss(estimate, target)
+        return DecoderLoss(loss, estimate, estimate.new_ones(len(estimate)))
 
     def _text_vectors(self, text: Tensor | Sequence[str] | None, b: int) -> list[Tensor]:
         """The text as a part of the sequence, b t width; none for a decoder that reads none."""
@@ -161,7 +167,9 @@ class LogitHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.to_logits(self.hidden(x).tanh())
 
-    def loss(self, estimate: Tensor, target: Tensor) -> Tensor:
+    def loss(self, estimate: Tensor, target: Tensor | None) -> Tensor:
+        if target is None:
+            return estimate.new_zeros(())
         if target.is_floating_point() or target.shape != estimate[:, 0].shape:
             raise ValueError(
                 f"scores of codes are trained on ids {tuple(estimate[:, 0].shape)} (images, rows, columns), int64, as "

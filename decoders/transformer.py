@@ -9,6 +9,7 @@ Letters: b batch, n tokens, d width, h heads, e width of a head.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -86,13 +87,22 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width) if modulated else None
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, condition: Tensor | None = None, keep: slice = ALL
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+        keep: slice = ALL,
+        row: Tensor | None = None,
     ) -> Tensor:
-        """x: b n d. condition: b d, for a modulated block. keep: the places that come out, as in ``Attention``."""
+        """x: b n d. condition: b d, for a modulated block. keep: the places that come out, as in ``Attention``.
+
+        row: b 6d or 1 6d, ``modulation(silu(condition))`` where it is at hand.
+        """
         if self.modulation is None:
             x = x[:, keep] + self.attention(self.attention_norm(x), mask, keep)
             return x + self.mlp(self.mlp_norm(x))
-        parts = self.modulation(F.silu(condition)).unsqueeze(1).chunk(6, dim=-1)
+        row = self.modulation(F.silu(condition)) if row is None else row
+        parts = row.unsqueeze(1).chunk(6, dim=-1)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
         x = x[:, keep] + gate_a * self.attention(modulate(self.attention_norm(x), shift_a, scale_a), mask, keep)
         return x + gate_m * self.mlp(modulate(self.mlp_norm(x), shift_m, scale_m))
@@ -135,12 +145,25 @@ class Transformer(nn.Module):
             init_branches(block.attention, block.mlp, depth)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, condition: Tensor | None = None, keep: slice = ALL
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+        keep: slice = ALL,
+        rows: Sequence[Tensor] | None = None,
     ) -> Tensor:
-        """keep: the places that come out. The last block computes these alone, which changes none of them."""
-        for i, block in enumerate(self.blocks, 1):
-            x = block(x, mask, condition, keep if i == len(self.blocks) else ALL)
+        """keep: the places that come out. The last block computes these alone, which changes none of them.
+
+        rows: what ``modulations`` gave for the condition, in its place.
+        """
+        for i, block in enumerate(self.blocks):
+            row = None if rows is None else rows[i]
+            x = block(x, mask, condition, keep if i + 1 == len(self.blocks) else ALL, row)
         return x
+
+    def modulations(self, condition: Tensor) -> list[Tensor]:
+        """Of every block, b 6d for conditions b d: once for many steps of a sampler, whose times are known ahead."""
+        return [block.modulation(F.silu(condition)) for block in self.blocks]
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class VAELatents(Canvas):
         factor = 2 ** (len(block_out_channels) - 1)
         if size % factor:
             raise ValueError(f"size is a multiple of {factor}, by which the VAE shrinks images; got {size}")
-        self.image_size, self.resize = size, resize
+        self.image_size, self.resize, self.latent_size = size, resize, size // factor
         self.scaling_factor, self.sample_posterior = scaling_factor, sample_posterior
         self.vae = AutoencoderKL(
             in_channels=in_channels,
@@ -72,6 +72,10 @@ class VAELatents(Canvas):
             use_quant_conv=use_quant_conv,
             use_post_quant_conv=use_post_quant_conv,
         ).requires_grad_(False)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.latent_size, self.latent_size
 
     def train(self, mode: bool = True) -> VAELatents:
         super().train(mode)

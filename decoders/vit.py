@@ -48,6 +48,7 @@ class ViTDecoder(Decoder):
     ) -> None:
         super().__init__()
         self.dim, self.max_tokens, self.patch, self.grid = dim, max_tokens, patch, grid_of(size, patch)
+        self.side = size
         self.objective = {"l1": F.l1_loss, "l2": F.mse_loss}[objective]
         self.read_codes = nn.Linear(dim, width)
         self.token_positions = scattered(max_tokens, self.grid, width)

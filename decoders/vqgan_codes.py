@@ -17,8 +17,10 @@ from tokenizers_vis.decoders.conv import ConvDecoder, ConvEncoder
 class VQGANCodes(Canvas):
     """y is b k h w, one score (logit) for each of k codes at each place of the grid.
 
-    size: height and width of the images that ``read`` takes. encoder: with the VQGAN's own encoder, which gives the
-    "proxy codes" that a first stage of training aims at; it and the codebook are then frozen, so that targets stay.
+    size: height and width of the images that ``read`` takes.
+    encoder: with the VQGAN's own encoder, which gives the "proxy codes" that a first stage of training aims at; the
+        whole VQGAN is then frozen, so that targets stay. Without it, in the second stage, codebook and decoder are
+        trained, by losses on the pictures that ``paint`` makes of scores.
     codebook_size: k. z_channels: width of a code. The others: see decoders/conv.py.
     """
 
@@ -36,7 +38,7 @@ class VQGANCodes(Canvas):
         encoder: bool = False,
     ) -> None:
         super().__init__()
-        self.image_size, self.resize = size, resize
+        self.image_size, self.resize, self.grid = size, resize, size // 2 ** (len(channel_mult) - 1)
         self.codebook = nn.Parameter(torch.empty(codebook_size, z_channels))
         nn.init.uniform_(self.codebook, -1 / codebook_size, 1 / codebook_size)
         shape = dict(
@@ -49,8 +51,13 @@ class VQGANCodes(Canvas):
             style="maskgit",
         )
         self.decoder = ConvDecoder(**shape)
-        self.encoder = ConvEncoder(**shape).requires_grad_(False) if encoder else None
-        self.codebook.requires_grad_(not encoder)
+        self.encoder = ConvEncoder(**shape) if encoder else None
+        self.requires_grad_(not encoder)
+        self.pictures_only = not encoder
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.image_size, self.grid
 
     def read(self, images: Tensor) -> Tensor:
         """images -> themselves, in [0, 1]."""
@@ -71,6 +78,10 @@ class VQGANCodes(Canvas):
             z = self.encoder(images.to(self.codebook.dtype))
             ids = nearest_code(rearrange(z, "b d h w -> (b h w) d"), self.codebook)
         return rearrange(ids, "(b h w) -> b h w", b=len(z), h=z.shape[-2])
+
+    def views(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Without the VQGAN's encoder there is no y: the second stage compares pictures."""
+        return self.read(images), None if self.pictures_only else self.target(images)
 
     def paint(self, y: Tensor) -> Tensor:
         """Scores b k h w -> images: each place shows the codes' mean by the probability of each, not the likeliest."""

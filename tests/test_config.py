@@ -214,6 +214,18 @@ def test_overrides_reach_into_tables_and_leave_the_original_alone():
     assert table == {"a": {"b": {"c": 1}, "d": 2}}
 
 
+def test_overrides_reach_into_lists_of_tables():
+    table = {"align": [{"weight": 1.0, "net": {"name": "a"}}, {"weight": 2.0}], "betas": [0.9, 0.95]}
+    assert override(table, ["align.0.net.name=b", "align.1.weight=3", "betas.1=0.99", "align.1.at=codes"]) == {
+        "align": [{"weight": 1.0, "net": {"name": "b"}}, {"weight": 3, "at": "codes"}],
+        "betas": [0.9, 0.99],
+    }
+    assert table["align"][0]["net"] == {"name": "a"} and table["betas"] == [0.9, 0.95]
+    for text in ("align.2.weight=1", "align.first.weight=1", "betas.2=1", "align.-1.weight=1"):
+        with pytest.raises(ConfigError, match="is no place of the list before it, which has 2, counted from 0"):
+            override(table, [text])
+
+
 @pytest.mark.parametrize("text", ["a", "", "=1", " =1"])
 def test_an_override_without_key_or_value_is_refused(text):
     with pytest.raises(ConfigError, match="an override reads key.sub=value"):

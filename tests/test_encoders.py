@@ -7,7 +7,7 @@ import torch
 
 from tokenizers_vis.config import ConfigError, build
 from tokenizers_vis.encoders import ENCODERS
-from tokenizers_vis.encoders.base import Encoder, LengthPolicy, powers_of_two
+from tokenizers_vis.encoders.base import Encoder, LengthPolicy
 from tokenizers_vis.encoders.flextok import Standard, causal_last
 
 # Encoders of a grid of cells: no sequence, no prefixes.
@@ -166,81 +166,3 @@ def test_standardize_passes_the_gradient_and_leaves_earlier_graphs_whole():
     sum(losses).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
     assert made.read_patches.weight.grad.abs().sum() > 0
-
-
-# -- length policies
-
-
-def draw(policy: LengthPolicy, b: int = 4000, n: int = 6) -> torch.Tensor:
-    lengths = policy.sample(b, n)
-    assert lengths.shape == (b,) and lengths.dtype == torch.int64 and lengths.is_contiguous()
-    return lengths
-
-
-@pytest.mark.parametrize(
-    ("n", "expected"),
-    [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (6, [1, 2, 4, 6]), (64, [1, 2, 4, 8, 16, 32, 64])],
-)
-def test_powers_of_two(n, expected):
-    assert powers_of_two(n) == expected
-    assert draw(LengthPolicy("pow2"), n=n).unique().tolist() == expected
-
-
-def test_uniform_draws_every_length_about_equally_often():
-    counts = draw(LengthPolicy("uniform")).bincount(minlength=7)
-    assert counts[0] == 0 and len(counts) == 7
-    assert (counts[1:] - 4000 / 6).abs().max() < 150  # 6 standard deviations
-
-
-def test_full_keeps_all_and_draws_nothing():
-    state = torch.get_rng_state()
-    assert LengthPolicy().sample(5, 6) is None
-    assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("kind", ["uniform", "pow2"])
-def test_full_is_the_probability_of_keeping_all(kind):
-    share = (draw(LengthPolicy(kind, full=0.5)) == 6).float().mean().item()
-    by_chance = 1 / 6 if kind == "uniform" else 1 / 4
-    assert abs(share - (0.5 + 0.5 * by_chance)) < 0.05
-    assert (draw(LengthPolicy(kind, full=1.0)) == 6).all()
-
-
-@pytest.mark.parametrize("kind", ["uniform", "pow2"])
-def test_one_length_per_batch(kind):
-    policy = LengthPolicy(kind, full=0.2, per="batch")
-    drawn = [draw(policy, 5) for _ in range(60)]
-    assert all((lengths == lengths[0]).all() for lengths in drawn)
-    assert len({lengths[0].item() for lengths in drawn}) == {"uniform": 6, "pow2": 4}[kind]
-    drawn[0][0] = 0  # its own memory for every image
-    assert (drawn[0][1:] > 0).all()
-
-
-@pytest.mark.parametrize("per", ["image", "batch"])
-def test_the_global_seed_decides(per):
-    policy = LengthPolicy("uniform", full=0.3, per=per)
-
-    def ten(seed):
-        torch.manual_seed(seed)
-        return [policy.sample(8, 64).tolist() for _ in range(10)]
-
-    assert ten(3) == ten(3) != ten(4)
-
-
-def test_a_policy_from_a_table():
-    made = encoder("titok", lengths={"kind": "pow2", "full": 1, "per": "batch"})
-    assert made.lengths == LengthPolicy("pow2", 1.0, "batch")
-    for lengths, message in [
-        ({"kind": "pow3"}, "lengths.kind is one of 'full', 'uniform', 'pow2'"),
-        ({"kind": "pow2", "full": 1.5}, "lengths: full is a probability from 0 to 1, got 1.5"),
-        ({"full": "all"}, "lengths.full is a number"),
-        ("pow2", "lengths is a table of options"),
-    ]:
-        with pytest.raises(ConfigError, match=message):
-            encoder("titok", lengths=lengths)
-
-
-@pytest.mark.parametrize("wrong", [{"kind": "pow3"}, {"per": "pixel"}, {"full": -0.1}], ids=str)
-def test_a_policy_checks_itself(wrong):
-    with pytest.raises(ValueError, match=str(*wrong.values())):
-        LengthPolicy(**wrong)

@@ -239,8 +239,7 @@ class TestCanvas:
 
     def test_with_an_encoder_targets_do_not_learn(self, maskgit):
         canvas = canvas_of(maskgit, encoder=True)
-        learns = {name for name, parameter in canvas.named_parameters() if parameter.requires_grad}
-        assert learns == {f"decoder.{name}" for name, _ in canvas.decoder.named_parameters()}
+        assert not any(parameter.requires_grad for parameter in canvas.parameters())
         assert all(parameter.requires_grad for parameter in canvas_of(maskgit, encoder=False).parameters())
 
     def test_a_picture_loss_reaches_scores_and_codebook(self, maskgit):

@@ -126,7 +126,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def override(table: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """A copy of ``table`` with ``key.sub=value`` set; values are TOML, a bare word is a string.
 
-    Raises ``ConfigError`` for a text without ``=`` or a path through something that is no table.
+    ``key.0.sub=value`` reaches into the first table of a list. Raises ``ConfigError`` for a text without ``=``, a path
+    through something that is no table or list, and a place that a list does not have.
     """
     result = _copy(table)
     for text in assignments:
@@ -142,10 +143,10 @@ def override(table: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, 
         *parents, last = path.strip().split(".")
         node = result
         for key in parents:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
+            node = node[_place(node, key, path)] if isinstance(node, list) else node.setdefault(key, {})
+            if not isinstance(node, (dict, list)):
                 raise ConfigError(f"{path}: {key!r} is a value, not a table")
-        node[last] = value
+        node[_place(node, last, path) if isinstance(node, list) else last] = value
     return result
 
 
@@ -197,8 +198,16 @@ def _name(annotation: type) -> str:
     return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(annotation, "a path")
 
 
-def _copy(table: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copy(inner) for key, inner in value.items()}
+    return [_copy(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _place(items: list[Any], key: str, path: str) -> int:
+    if not key.isdecimal() or int(key) >= len(items):
+        raise ConfigError(f"{path}: {key!r} is no place of the list before it, which has {len(items)}, counted from 0")
+    return int(key)
 
 
 def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,11 @@ from tokenizers_vis.quantizers.base import Quantized, Quantizer
 from tokenizers_vis.tokens import Tokens
 from tokenizers_vis.weights import CheckpointError, empty_weights, load_strictly, read_safetensors
 
+if TYPE_CHECKING:
+    from tokenizers_vis.vocabulary import Vocabulary
+
 PARTS = ("canvas", "encoder", "quantizer", "decoder")
-PER_IMAGE = ("noise", "text")  # sampling options with an entry for each image
+PER_IMAGE = ("noise", "text", "seed")  # sampling options with an entry for each image; a seed may be one for all
 
 
 class TrainingPass(NamedTuple):
@@ -61,6 +64,13 @@ class Tokenizer(nn.Module):
             )
         if encoder.max_tokens != decoder.max_tokens:
             raise ConfigError(f"the encoder makes {encoder.max_tokens} tokens, the decoder takes {decoder.max_tokens}")
+        for name, part, side in zip(("encoder", "decoder"), (encoder, decoder), canvas.sides, strict=True):
+            built = getattr(part, "side", None)  # a part of one's own may be any module
+            if None not in (side, built) and side != built:
+                raise ConfigError(
+                    f"the canvas, of {canvas.image_size} px, is {side} x {side} where the {name} works, which is built "
+                    f"for {built} x {built}: change the size of one (or the patch of a decoder of codes)"
+                )
         self.canvas, self.encoder, self.quantizer, self.decoder = canvas, encoder, quantizer, decoder
         self.config = dict(config)
 
@@ -132,6 +142,13 @@ class Tokenizer(nn.Module):
         return sum(self.codebook_sizes)
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        """Which integer means what in a sequence of its ids. ``Vocabulary.of`` adds classes, a mask, an offset."""
+        from tokenizers_vis.vocabulary import Vocabulary
+
+        return Vocabulary.of(self)
+
+    @property
     def bits_per_token(self) -> int:
         """Bits that one token takes in a file; of a continuous one, in half precision."""
         if self.continuous:
@@ -198,18 +215,21 @@ class Tokenizer(nn.Module):
     def decode(self, tokens: Tokens | Latents | Tensor, *, batch_size: int = 32, **sampling: Any) -> Tensor:
         """Tokens, or ids b n k (b n where k is 1), or Latents -> images b 3 h w, float32 in [0, 1].
 
-        sampling: nothing for a one-pass decoder (but text, b t w, for one that reads text); steps, guidance (1 is
-            none), guidance_kind, solver, generator and noise (b c h w in the decoder's own space) for a flow decoder.
+        sampling: nothing for a one-pass decoder (but text, b t w, for one that reads text). For a flow decoder steps,
+            guidance (1 is none, or an object), guidance_kind, solver, schedule; seed (one, or one for each image),
+            generator or noise (b c h w in the decoder's own space); callback(step, steps, estimate), which hears of
+            each batch anew. docs/decoders.md tells of all.
 
         Raises ``ValueError`` for tokens of another tokenizer, ids out of range, or a length it cannot decode.
         """
         _check_batch_size(batch_size)
         tokens = self._own(tokens)
-        whole = {key: value for key, value in sampling.items() if key in PER_IMAGE and value is not None}
+        sampling = {key: value for key, value in sampling.items() if key not in PER_IMAGE or value is not None}
+        many = {key for key, value in sampling.items() if hasattr(value, "__getitem__") and getattr(value, "ndim", 1)}
+        whole = {key: sampling.pop(key) for key in PER_IMAGE if key in many}
         for key, value in whole.items():
             if len(value) != len(tokens):
                 raise ValueError(f"{key} is for {len(value)} images, tokens are {len(tokens)}")
-        sampling = {key: value for key, value in sampling.items() if key not in PER_IMAGE}
         pictures = []
         for start in range(0, len(tokens), batch_size):
             part = tokens[start : start + batch_size].to(self.device)
@@ -234,13 +254,18 @@ class Tokenizer(nn.Module):
     # Training and files
 
     def training_pass(self, images: Tensor) -> TrainingPass:
-        """images: b 3 h w, floats in [0, 1], already of ``image_size``. Draws lengths from the encoder's policy."""
-        lengths = self.encoder.lengths.sample(len(images), self.max_tokens)
-        n = self.max_tokens if lengths is None else int(lengths.max())
+        """images: b 3 h w, floats in [0, 1], already of ``image_size``. Draws lengths from the encoder's policy.
+
+        A causal encoder makes the longest of these, another one all its tokens, and all are quantized: only what the
+        decoder is told of them is short (One-D-Piece's tail drop).
+        """
+        encoder = self.encoder
+        lengths = encoder.lengths.sample(len(images), encoder.max_tokens)
+        n = encoder.max_tokens if lengths is None else int(lengths.max())
         x, target = self.canvas.views(images)
-        quantized = self.quantizer(self.encoder(x, n))
+        quantized = self.quantizer(encoder(x, n if encoder.causal else encoder.max_tokens))
         ragged = None if lengths is None or bool((lengths == n).all()) else lengths.to(images.device)
-        decoded = self.decoder.loss(quantized.codes, target, ragged)
+        decoded = self.decoder.loss(quantized.codes[:, :n], target, ragged)
         return TrainingPass(quantized, decoded, lengths)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -47,7 +47,7 @@ class VisionTower(nn.Module):
     ) -> None:
         super().__init__()
         clip = style == "clip"
-        self.grid, self.style = size // patch, style
+        self.size, self.grid, self.style = size, size // patch, style
         side = positions or self.grid
         if not clip and side != self.grid:
             raise ValueError(f"style 'siglip' has positions for its own grid, of side {self.grid}; got {side}")
@@ -91,6 +91,7 @@ class DualEncoder(Encoder):
                 f"gives {pixels.max_tokens} places; give pixels a size of {semantic.grid} times what it shrinks by"
             )
         self.dim, self.max_tokens, self.lengths = semantic_dim + pixels.dim, pixels.max_tokens, LengthPolicy()
+        self.side = semantic.size
         self.pixel_size = semantic.grid * 2 ** (len(pixels.net.path.levels) - 1)
         self.semantic = semantic
         width = semantic.positions.shape[-1]

@@ -28,6 +28,7 @@ class FlexTokEncoder(Encoder):
     """
 
     nested = True
+    causal = True
 
     def __init__(
         self,
@@ -49,8 +50,9 @@ class FlexTokEncoder(Encoder):
         lengths: LengthPolicy = LengthPolicy("uniform"),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
+        lengths.check(max_tokens)
         self.dim, self.max_tokens, self.patch, self.lengths = dim, max_tokens, patch, lengths
-        grid = grid_of(size, patch)
+        grid, self.side = grid_of(size, patch), size
         self.read_patches = nn.Linear(patch * patch * channels, width)
         self.register_buffer("positions", sincos_2d(grid, grid, width), persistent=stored_positions)
         self.registers = scattered(max_tokens, grid, width)

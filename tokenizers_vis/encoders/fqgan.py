@@ -74,7 +74,7 @@ class FactorizedEncoder(Encoder):
         if branches < 1 or dim % branches:
             raise ValueError(f"dim is a multiple of branches, 1 or more; got dim {dim} and branches {branches}")
         grid = grid_of(size, 2 ** (len(channel_mult) - 1))
-        self.dim, self.max_tokens, self.lengths = dim, grid**2, LengthPolicy()
+        self.dim, self.side, self.max_tokens, self.lengths = dim, size, grid**2, LengthPolicy()
         self.path = DownPath(
             ch=ch,
             channel_mult=channel_mult,

@@ -36,7 +36,7 @@ class GridEncoder(Encoder):
         style: Style = "taming",
     ) -> None:
         super().__init__()
-        self.dim, self.lengths = dim, LengthPolicy()
+        self.dim, self.side, self.lengths = dim, size, LengthPolicy()
         self.max_tokens = grid_of(size, 2 ** (len(channel_mult) - 1)) ** 2
         self.net = ConvEncoder(
             ch=ch,

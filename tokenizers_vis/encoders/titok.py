@@ -44,7 +44,8 @@ class TiTokEncoder(Encoder):
     ) -> None:
         super().__init__()
         self.dim, self.max_tokens, self.patch, self.scrambled = dim, max_tokens, patch, scrambled
-        self.lengths, self.nested = lengths, lengths.kind != "full"
+        lengths.check(max_tokens)
+        self.lengths, self.nested, self.side = lengths, lengths.nested, size
         self.read_patches = nn.Linear(patch * patch * channels, width)
         self.class_token = learned(1, width)
         self.positions = learned(grid_of(size, patch) ** 2 + 1, width)
