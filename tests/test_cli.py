@@ -648,7 +648,8 @@ def test_train_then_use(run: Callable[..., Ended], recipe: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give a recipe (see --list), or --resume RUN"),
+        ([], "give a recipe (see --list), --from TOKENIZER, or --resume RUN"),
+        (["r.toml", "--decoder-only"], "say more of --from"),
         (["r.toml"], "data.train is empty: say where the images are (--data PATH)"),
         (["r.toml", "--data", "gone"], "there is nothing at 'gone'"),
         (["r.toml", "optim.stepz=2", *DATA], "optim.stepz: OptimConfig has no option 'stepz'. Did you mean 'steps'?"),
@@ -657,7 +658,7 @@ def test_train_then_use(run: Callable[..., Ended], recipe: Path, tmp_path: Path)
         (["minni", *DATA], "there is no recipe 'minni'. Did you mean 'mini'?"),
         (["gone.toml", *DATA], "there is no file gone.toml"),
         (["--resume", "gone"], "gone holds no checkpoint.pt to go on from"),
-        (["r.toml", "--resume", "gone"], "give --resume alone"),
+        (["--from", "mini", "--resume", "gone"], "give --resume alone"),
         (["--resume", "gone", "--out", "here"], "give --resume alone"),
         (["--resume", "gone", *DATA], "give --resume alone"),
     ],
@@ -673,7 +674,12 @@ def test_train_refuses(words: list[Any], message: str, run: Callable[..., Ended]
 def test_train_lists_recipes(run: Callable[..., Ended]) -> None:
     from tokenizers_vis.train.loop import list_recipes
 
-    assert run("train", "--list").out.split() == list_recipes() != []
+    lines = run("train", "--list").out.splitlines()
+    assert [line.split()[0] for line in lines] == list_recipes() != []
+    (mini,) = (line for line in lines if line.startswith("mini "))
+    assert mini.endswith(
+        "  mini, the tokenizer that comes with the library: 1 to 64 ordered tokens of 4096 codes at 64 px"
+    )
 
 
 def test_train_without_its_extra(run: Callable[..., Ended], recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,15 @@ from PIL import Image
 
 from tokenizers_vis.config import ConfigError, build
 from tokenizers_vis.sources import ImageSource, open_source
-from tokenizers_vis.train.data import DataConfig, TrainBatches, _Batches, _decode, random_box, val_batches
+from tokenizers_vis.train.data import (
+    DataConfig,
+    TrainBatches,
+    _Batches,
+    _decode,
+    random_box,
+    random_square,
+    val_batches,
+)
 
 COUNT = 21
 # Forking is the loader's own choice; newer Pythons and machines of one core each have a word to say about it.
@@ -68,7 +76,7 @@ def stream(source: ImageSource, **options: object) -> TrainBatches:
 
 def take(source: ImageSource, count: int, **options: object) -> list[torch.Tensor]:
     with stream(source, **options) as batches:
-        return [batch.images for batch in itertools.islice(batches, count)]
+        return [batch.data for batch in itertools.islice(batches, count)]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -95,10 +103,10 @@ def test_resumed_stream_equals_unbroken(source: ImageSource) -> None:
     assert same(take(source, 7, start=5), whole[5:])
     assert same(take(source, 3, start=5, workers=1), whole[5:8])
     with stream(source, workers=1) as batches:
-        first = [next(batches).images for _ in range(2)]
+        first = [next(batches).data for _ in range(2)]
         batches.close()  # and a stream that was closed goes on where it was
         assert batches.position == 2
-        assert same([*first, next(batches).images], whole[:3])
+        assert same([*first, next(batches).data], whole[:3])
 
 
 def test_seed_and_number_make_the_batch(source: ImageSource) -> None:
@@ -154,10 +162,10 @@ def test_corrupt_image_is_replaced_named_and_harms_no_other(tmp_path: Path, sour
     runs = [list(itertools.islice(stream(broken), 6)) for _ in range(2)]
     with stream(broken, workers=2) as batches:
         runs.append(list(itertools.islice(batches, 6)))
-    assert all(same([b.images for b in run], [b.images for b in runs[0]]) for run in runs)
+    assert all(same([b.data for b in run], [b.data for b in runs[0]]) for run in runs)
     assert all([b.skipped for b in run] == [b.skipped for b in runs[0]] for run in runs)
     assert {name for b in runs[0] for name in b.skipped} == {"train-0.tar/004.jpg", "train-0.tar/009.jpg"}
-    changed = [(a.images != b.images).flatten(1).any(1).sum().item() for a, b in zip(clean, runs[0], strict=True)]
+    changed = [(a.data != b.data).flatten(1).any(1).sum().item() for a, b in zip(clean, runs[0], strict=True)]
     # A replacement may be broken in its turn; each sample that changed has at least one name.
     assert all(c <= len(b.skipped) and bool(c) == bool(b.skipped) for c, b in zip(changed, runs[0], strict=True))
     assert sum(changed) in (2, 3, 4)
@@ -186,12 +194,12 @@ def test_close_ends_the_workers_and_ctrl_c_does_not(source: ImageSource) -> None
     # A forked worker is safe from birth; one from a fork server once it has given its first batch.
     first = 1 if multiprocessing.get_start_method() == "fork" else 2
     with stream(source, workers=2) as batches:
-        got = [next(batches).images for _ in range(first)]
+        got = [next(batches).data for _ in range(first)]
         workers = multiprocessing.active_children()
         assert len(workers) == 2
         for worker in workers:
             os.kill(worker.pid, signal.SIGINT)
-        got += [next(batches).images for _ in range(12)]
+        got += [next(batches).data for _ in range(12)]
         held = batches._running  # as the traceback of an interrupted run would hold it
     assert multiprocessing.active_children() == [] and held is not None
     assert same(got, take(source, len(got)))
@@ -291,8 +299,8 @@ def test_source_and_stream_pickle(source: ImageSource) -> None:
     copy = pickle.loads(pickle.dumps(source))
     assert copy.read(5) == source.read(5) and copy.fingerprint == source.fingerprint
     # What a spawned worker gets.
-    batches = _Batches(source, 16, 4, 7, (0.6, 1.0), 0.5)
-    assert torch.equal(pickle.loads(pickle.dumps(batches))[3].images, batches[3].images)
+    batches = _Batches(source, 16, 4, 7, (0.6, 1.0), 0.5, range(4))
+    assert torch.equal(pickle.loads(pickle.dumps(batches))[3].data, batches[3].data)
 
 
 def test_shard_is_read_from_many_threads(source: ImageSource) -> None:
@@ -316,6 +324,32 @@ def test_boxes_lie_inside_and_keep_area_and_aspect(width: int, height: int) -> N
         assert min(Counter(box[0] > 0 for box in boxes).values()) > 30
     if max(width, height) >= 100:  # no draw fits: the largest centred box of an allowed aspect
         assert set(boxes) == {{200: (94, 0, 106, 9), 3: (0, 48, 3, 52)}[width]}
+
+
+@pytest.mark.parametrize(("width", "height"), [(400, 300), (300, 400), (1, 1), (200, 9)])
+def test_squares_lie_inside_and_keep_their_side(width: int, height: int) -> None:
+    random, short = np.random.default_rng(0), min(width, height)
+    whole = [random_square(random, width, height, (1.0, 1.0)) for _ in range(300)]
+    assert {(right - left, bottom - top) for left, top, right, bottom in whole} == {(short, short)}
+    boxes = [random_square(random, width, height, (0.8, 1.0)) for _ in range(300)]
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+        assert right - left == bottom - top >= round(0.8 * short)
+    if short == 300:  # the size to scale to is uniform from 1 to 1.25 times the crop's
+        sizes = np.array([short / (right - left) for left, _, right, _ in boxes])
+        assert abs(sizes.mean() - 1.125) < 0.015 and sizes.max() > 1.24 and sizes.min() < 1.01
+        assert len({box[0] for box in whole}) > 50 or width == 300
+
+
+def test_square_crops_are_not_stretched(tmp_path: Path) -> None:
+    """The picture is a ramp in both directions: of a square crop as long as the short side, one is whole."""
+    source = open_source(write_folder(tmp_path / "wide", contents()))
+    batch = next(iter(TrainBatches(source, image_size=24, batch_size=8, seed=0, crop=(1, 1), square=True, workers=0)))
+    green = batch.data[:, 1].float()
+    assert (green[:, -1].mean(dim=-1) > 245).all() and (green[:, 0].mean(dim=-1) < 10).all()
+    red = batch.data[:, 0].float().mean(dim=1)
+    spans = (red[:, -1] - red[:, 0]).abs()  # 23 of the ramp's 31 steps
+    assert ((spans - 255 * 23 / 31).abs() < 12).all()
 
 
 def test_large_jpeg_is_decoded_small_but_looks_the_same() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tokenizers_vis import cli_eval, cli_train
+from tokenizers_vis import cli_eval, cli_generate, cli_train
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -279,6 +279,11 @@ app.command(name="eval")(cli_eval.evaluate)
 app.command()(cli_eval.compare)
 app.command()(cli_eval.landmarks)
 app.command()(cli_train.train)
+app.command()(cli_train.distill)
+app.command()(cli_train.tokenize)
+app.command()(cli_train.train_generator)
+app.command()(cli_generate.generate)
+app.command()(cli_generate.explore)
 
 
 @app.command()

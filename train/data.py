@@ -42,12 +42,15 @@ class DataConfig:
 
     train, val: folder or shards as ``open_source`` reads them; an empty ``val`` is no validation.
     crop: range of the random-resized crop's area, as a part of the image's. flip: chance of a mirror image.
+    square: crops are squares, and ``crop`` is the range of their side, as a part of the image's shorter side. (1, 1) is
+        "resize the shorter side, crop at random", in which TiTok and others train; nothing is ever stretched.
     workers: processes that decode; 0 decodes in the training process. val_images: how many images to validate on.
     """
 
     train: str = ""
     val: str = ""
     crop: tuple[float, float] = (0.6, 1.0)
+    square: bool = False
     flip: float = 0.5
     workers: int = 2
     val_images: int = 256
@@ -58,9 +61,9 @@ class DataConfig:
 
 
 class Batch(NamedTuple):
-    """images: b 3 s s, uint8. skipped: names of images that could not be read; others took their place."""
+    """data: b 3 s s, uint8. skipped: names of images that could not be read; others took their place."""
 
-    images: Tensor
+    data: Tensor
     skipped: list[str]
 
 
@@ -68,18 +71,26 @@ class _Batches(Dataset[Batch | ValueError]):
     """Batch number -> batch. An error is returned, not raised: the loader would bury its message in a traceback."""
 
     def __init__(
-        self, source: ImageSource, image_size: int, batch_size: int, seed: int, crop: tuple[float, float], flip: float
+        self,
+        source: ImageSource,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        crop: tuple[float, float],
+        flip: float,
+        rows: range,
+        square: bool = False,
     ) -> None:
-        self.source, self.image_size, self.batch_size = source, image_size, batch_size
-        self.seed, self.crop, self.flip = seed, crop, flip
+        self.source, self.image_size, self.batch_size, self.rows = source, image_size, batch_size, rows
+        self.seed, self.crop, self.flip, self.square = seed, crop, flip, square
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def __getitem__(self, number: int) -> Batch | ValueError:
-        images = np.empty((self.batch_size, self.image_size, self.image_size, 3), dtype=np.uint8)
+        images = np.empty((len(self.rows), self.image_size, self.image_size, 3), dtype=np.uint8)
         skipped: list[str] = []
         try:
-            for row in range(self.batch_size):
-                images[row] = self._view(number * self.batch_size + row, skipped)
+            for place, row in enumerate(self.rows):
+                images[place] = self._view(number * self.batch_size + row, skipped)
         except ValueError as error:
             return error
         return Batch(rearrange(torch.from_numpy(images), "b h w c -> b c h w").contiguous(), skipped)
@@ -99,14 +110,14 @@ class _Batches(Dataset[Batch | ValueError]):
         index = self._index(sample)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                picture = _decode(self.source.read(index), self.image_size, self.crop[0])
+                picture = _decode(self.source.read(index), self.image_size, self.crop[0] ** (1 + self.square))
             except (ImageError, OSError) as error:
                 skipped.append(self.source.names[index])
                 reason = error
                 index = int(self._random(_REPLACE, sample, attempt).integers(len(self.source)))
                 continue
             random = self._random(_VIEW, sample)
-            box = random_box(random, *picture.size, self.crop)
+            box = (random_square if self.square else random_box)(random, *picture.size, self.crop)
             view = np.asarray(picture.resize((self.image_size,) * 2, Image.Resampling.BICUBIC, box=box))
             return view[:, ::-1] if random.random() < self.flip else view
         raise ValueError(
@@ -119,7 +130,8 @@ class TrainBatches(Iterator[Batch]):
     """An endless stream of random-resized, randomly flipped batches. ``position`` is the number of the next one.
 
     source: the images. image_size: s, in pixels. batch_size: b. seed: 0 or more. start: the first batch number.
-    crop, flip, workers: see ``DataConfig``; the crop's aspect ratio is 3/4 to 4/3.
+    crop, square, flip, workers: see ``DataConfig``; the aspect ratio of a crop that is no square is 3/4 to 4/3.
+    rank, world: this process gets its b / world rows of each batch; together they see what one process would.
 
     To resume, save ``position`` and ``source.fingerprint``, and pass the one as ``start`` when the other is the same.
     ``close`` (or a ``with`` block) ends the workers; a later ``next`` starts new ones at ``position``.
@@ -137,12 +149,21 @@ class TrainBatches(Iterator[Batch]):
         flip: float = DataConfig.flip,
         workers: int = DataConfig.workers,
         start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        square: bool = DataConfig.square,
     ) -> None:
         _check_views(crop, flip, workers)
         _check_whole(1, image_size=image_size, batch_size=batch_size)
         _check_whole(0, seed=seed, start=start)
         self.workers, self.position = workers, start
-        self._batches = _Batches(source, image_size, batch_size, seed, crop, flip)
+        if not 0 <= rank < world or batch_size % world:
+            raise ValueError(
+                f"rank is from 0 to below world, which divides batch_size; got {rank}, {world}, {batch_size}"
+            )
+        share = batch_size // world
+        rows = range(rank * share, (rank + 1) * share)
+        self._batches = _Batches(source, image_size, batch_size, seed, crop, flip, rows, square)
         self._running: Any = None  # the iterator of a loader, while there is one
 
     def __next__(self) -> Batch:
@@ -229,6 +250,19 @@ def random_box(
     w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def random_square(
+    random: np.random.Generator, width: int, height: int, side: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of a random square crop, whose side is in ``side`` times the image's shorter side.
+
+    What is uniform is the size to which the image is scaled before it is cropped, 1 / side, as in ADM and LlamaGen.
+    """
+    short = min(width, height)
+    s = min(short, max(1, round(short / random.uniform(1 / side[1], 1 / side[0]))))
+    left, top = int(random.integers(width - s + 1)), int(random.integers(height - s + 1))
+    return left, top, left + s, top + s
 
 
 def _decode(data: bytes, image_size: int = 0, smallest: float = 1.0) -> Image.Image:

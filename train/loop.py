@@ -1,87 +1,41 @@
-"""The training loop: a recipe becomes a tokenizer, and a killed run goes on exactly where it was.
+"""The training loop: a recipe becomes a model, on one process or many, and a killed run goes on exactly where it was.
 
-A run folder holds ``recipe.toml`` (resolved), ``checkpoint.pt`` (everything needed to go on), ``tokenizer.safetensors``
-(the averaged weights, ready for ``tv.load``), ``log.jsonl``, ``samples/*.png`` and TensorBoard's events.
+A run folder holds ``recipe.toml`` (resolved), ``checkpoint.pt`` (everything needed to go on) and older ones beside it,
+the averaged weights as users load them (``tokenizer.safetensors``; ``best.safetensors`` is the best validated one),
+``metrics.jsonl``, ``samples/*.png``, TensorBoard's events, and ``skipped.txt`` where images could not be read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tokenizers_vis.config import ConfigError, build, did_you_mean, read_toml, to_toml
-from tokenizers_vis.encoders.base import powers_of_two
-from tokenizers_vis.eval.metrics import CodebookUsage, psnr
+from tokenizers_vis.config import ConfigError, did_you_mean, read_toml, to_toml
 from tokenizers_vis.files import write_atomically
-from tokenizers_vis.presets import load, usable_device
 from tokenizers_vis.quantizers.base import NotFiniteError
-from tokenizers_vis.sources import open_source
-from tokenizers_vis.tokenizer import PARTS, Tokenizer
-from tokenizers_vis.train.data import DataConfig, TrainBatches, val_batches
+from tokenizers_vis.train.health import alarms, peak_flops, training_flops
 from tokenizers_vis.train.journal import Journal, stop_on_signal
-from tokenizers_vis.train.losses import LossConfig, LossSum
-from tokenizers_vis.train.optim import Average, OptimConfig, adamw, learning_rate
+from tokenizers_vis.train.losses import Losses
+from tokenizers_vis.train.optim import Average, adamw, learning_rate
+from tokenizers_vis.train.processes import Processes, transformer_blocks
+from tokenizers_vis.train.task import RunConfig, RunError, read_config, task_type
 
-
-@dataclass(frozen=True)
-class InitConfig:
-    """What is taken from a trained tokenizer: a preset, file or run folder.
-
-    parts: taken whole, config and weights; ``freeze`` keeps them as they are.
-    adopt: parts of another architecture, which take over the weights of the same name and shape.
-    """
-
-    tokenizer: str = ""
-    parts: tuple[Literal["encoder", "quantizer", "decoder"], ...] = ()
-    freeze: bool = False
-    adopt: tuple[Literal["encoder", "quantizer", "decoder"], ...] = ()
-
-    def __post_init__(self) -> None:
-        if bool(self.tokenizer) != bool(self.parts or self.adopt):
-            raise ValueError("tokenizer comes with parts or adopt: which trained tokenizer, and which of its parts")
-        if both := set(self.parts) & set(self.adopt):
-            raise ValueError(f"{', '.join(both)} is either taken whole (parts) or adopted, not both")
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    """In optimiser steps: how often to log, to validate, and to write a checkpoint."""
-
-    every: int = 20
-    val_every: int = 500
-    save_every: int = 250
-
-    def __post_init__(self) -> None:
-        if min(self.every, self.val_every, self.save_every) < 1:
-            raise ValueError("every, val_every and save_every are at least 1")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A run. ``tokenizer`` is a preset's table: canvas, encoder, quantizer, decoder."""
-
-    name: str
-    tokenizer: dict[str, Any]
-    optim: OptimConfig
-    data: DataConfig
-    init: InitConfig = field(default_factory=InitConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    seed: int = 0
-    precision: Literal["bf16", "fp32"] = "bf16"
-    device: str = ""
-
-
-class RunError(ValueError):
-    """A run folder that cannot be started or gone on with."""
+# What a checkpoint cannot be gone on with when the recipe says another; the rest may be changed in recipe.toml.
+FIXED = ("task", "seed", "name", "optim.batch_size", "tokenizer", "init", "model", "student", "teacher")
+# fp16 loses a step now and then, when its loss scale was too large; so many in a row are no accident.
+LOST_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -114,78 +68,129 @@ def list_recipes() -> list[str]:
 def fit(table: Mapping[str, Any], folder: str | Path) -> Outcome:
     """Trains what the recipe ``table`` says, in a new run folder. Raises ``ConfigError``, ``RunError``, ``ValueError``.
 
+    Started by ``torchrun`` or ``accelerate launch``, every process calls this; one of them writes the folder.
     Ctrl-C or SIGTERM finishes the step at hand, writes a checkpoint and returns.
     """
-    config = build(TrainConfig, table)
+    config = read_config(table)
     folder = Path(folder)
-    if (folder / "checkpoint.pt").exists() or (folder / "tokenizer.safetensors").exists():
+    processes = Processes(config)
+    if any((folder / name).exists() for name in ("checkpoint.pt", "tokenizer.safetensors", "generator.safetensors")):
         raise RunError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out")
-    run = Run(config, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "recipe.toml", to_toml(dataclasses.asdict(config)).encode())
+    run = Run(config, folder, processes)
+    if processes.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "recipe.toml", to_toml(dataclasses.asdict(config)).encode())
+    processes.wait()
     return run.train()
 
 
-def resume(folder: str | Path) -> Outcome:
-    """Goes on with the run in ``folder``: the same losses, to the bit on a CPU, as if it had never stopped."""
+def resume(folder: str | Path, table: Mapping[str, Any] | None = None) -> Outcome:
+    """Goes on with the run in ``folder``: the same losses, to the bit on a CPU, as if it had never stopped.
+
+    table: a recipe that the run should be of; where it says another thing, ``RunError`` names the keys.
+    """
     folder = Path(folder)
     if not (folder / "checkpoint.pt").is_file():
         raise RunError(f"{folder} holds no checkpoint.pt to go on from; start the run anew with --out {folder}")
-    run = Run(build(TrainConfig, read_toml(folder / "recipe.toml")), folder)
-    run.read_checkpoint()
+    config = read_config(read_toml(folder / "recipe.toml"))
+    if table is not None:
+        config = read_config(table)
+    processes = Processes(config)
+    state = read_checkpoint(folder, processes)
+    changed = differences(state["recipe"], dataclasses.asdict(config))
+    if fixed := [line for key, line in changed.items() if key.startswith(FIXED)]:
+        raise RunError(
+            f"the run in {folder} was started with another recipe: {'; '.join(fixed)}. Put these back, or start a new "
+            f"run with init.tokenizer={folder}"
+        )
+    for line in changed.values():
+        processes.say(f"the recipe has changed: {line}")
+    run = Run(config, folder, processes, state)
     return run.train()
 
 
-class Run:
-    """The state of one run and its loop."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """key.sub -> ``key.sub was 1, is 2`` of two tables of plain values."""
+    found: dict[str, str] = {}
+    for key in sorted({*before, *now}):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found |= differences(one, other, f"{prefix}{key}.")
+        elif _plain(one) != _plain(other):
+            found[prefix + key] = f"{prefix}{key} was {one!r}, is {other!r}"
+    return found
 
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
-        self.device = usable_device(config.device or None)
-        if not config.data.train:
-            raise ConfigError("data.train is empty: say where the images are (--data PATH)")
-        self.source = open_source(config.data.train)
+
+class Run:
+    """The state of one run and its loop. ``state`` is a checkpoint to go on from."""
+
+    def __init__(
+        self, config: RunConfig, folder: Path, processes: Processes, state: Mapping[str, Any] | None = None
+    ) -> None:
+        self.config, self.folder, self.processes = config, folder, processes
+        self.device = processes.device
         torch.manual_seed(config.seed)
-        self.tokenizer = untrained(config).to(self.device)
-        self.losses = LossSum(config.loss, self.device)
-        if not any(p.requires_grad for p in self.tokenizer.parameters()):
-            raise ConfigError("init.freeze leaves nothing to train: name fewer init.parts")
-        self.optimizer = adamw(self.tokenizer, config.optim)
-        self.average = Average(self.tokenizer, config.optim.ema)
-        self.step = 0
+        self.task = task_type(config.task)(config, self.device, state and state["built"]).to(self.device)
+        self.step, self.skipped, self.best = 0, 0, -math.inf
         self.saved: int | None = None  # the step of the checkpoint in the folder
-        self.skipped = 0
+        self.lost = 0
+        self.history: deque[dict[str, float]] = deque(maxlen=100)
+        if state is not None:
+            self._check_data(state)
+            self._load(state, self.task, state["model"])
+        self.average = Average(self.task.model, config.optim.ema)
+        if state is not None:
+            self._load(state, self.average.model, state["average"])
+        if config.compile or config.checkpointing:
+            _prepare_blocks(self.task.model, config)
+        self.wrapped, self.optimizer = processes.prepare(self.task, lambda task: adamw(task, config.optim))
+        self.average.follow(self.task.model)
+        self.critic, self.critic_optimizer = None, None
+        if self.task.critic is not None:
+            self.task.critic.to(self.device)
+            if state is not None:
+                self._load(state, self.task.critic, state["critic"])
+            options = self.task.critic.optim(config.optim)
+            # Small beside the model: never sharded.
+            self.critic, self.critic_optimizer = processes.prepare(
+                self.task.critic, lambda critic: adamw(critic, options), whole=True
+            )
+        if state is not None:
+            self._restore(state)
+        else:
+            # Each process draws its own lengths, noise and dropout; the weights above were drawn from one seed.
+            torch.manual_seed(config.seed + processes.rank)
 
     # The loop
 
     def train(self) -> Outcome:
         optim, log = self.config.optim, self.config.log
-        data = self.config.data
-        batches = TrainBatches(
-            self.source,
-            image_size=self.tokenizer.image_size,
-            batch_size=optim.batch_size,
-            seed=self.config.seed,
-            crop=data.crop,
-            flip=data.flip,
-            workers=data.workers,
-            start=self.step,
-        )
-        self.set_modes()
-        with (
-            Journal(self.folder, self.step, optim.steps, optim.batch_size) as journal,
-            batches,
-            stop_on_signal() as stop,
-        ):
-            while self.step < optim.steps and not stop.is_set():
-                images, skipped = next(batches)
-                for name in skipped:
-                    self.skipped += 1
-                    journal.say(f"skipped a corrupt image: {name} ({self.skipped} so far)")
-                scalars = self.train_step(images.to(self.device, non_blocking=True).float() / 255)
-                scalars["skipped"] = self.skipped
-                journal.step(self.step, scalars, write=self.step % log.every == 0 or self.step == optim.steps)
-                if data.val and (self.step % log.val_every == 0 or self.step == optim.steps):
+        self.task.set_modes()
+        self._clean()
+        batches = self.task.batches(self.step, self.processes.rank, self.processes.world)
+        journal = Journal(self.folder, self.step, optim.steps, optim.batch_size, self.task.rows, self.processes.main)
+        # Known for GPUs alone; a graph that was compiled hides its arithmetic.
+        peak = None if self.config.compile else peak_flops(self.device, self.processes.dtype)
+        start, told = self.step, []
+        with journal, batches as stream, stop_on_signal() as stop:
+            while self.step < optim.steps and not self.processes.any(stop.is_set()):
+                batch = next(stream)
+                self._note_skipped(batch.skipped, journal)
+                due = (self.step + 1) % log.every == 0 or self.step + 1 == optim.steps
+                if self.step == start and peak:
+                    # The first step is counted as it is made.
+                    flops = training_flops(lambda data=batch.data: told.append(self.train_step(data)))
+                    journal.flops, scalars = flops / peak, told[0]
+                else:
+                    scalars = self.train_step(batch.data)
+                journal.step(self.step, scalars)
+                if due:
+                    scalars |= self.task.scalars() | {"skipped": self.processes.total(self.skipped)}
+                    journal.write(self.step, scalars)
+                    for alarm in alarms(scalars, list(self.history)):
+                        journal.alarm(self.step, alarm)
+                    self.history.append(scalars)
+                if self.step % log.val_every == 0 or self.step == optim.steps:
                     self.validate(journal)
                 if self.step % log.save_every == 0 or self.step == optim.steps:
                     self.write_checkpoint()
@@ -193,103 +198,163 @@ class Run:
                 self.write_checkpoint()
         return Outcome(self.folder, self.step, self.step >= optim.steps)
 
-    def train_step(self, images: Tensor) -> dict[str, float]:
-        """One optimiser step. images: b 3 h w in [0, 1]. Returns what the log holds of it."""
-        lr = learning_rate(self.config.optim, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            try:
-                done = self.tokenizer.training_pass(images)
-            except NotFiniteError as error:
-                raise self._broken(str(error)) from error
-        losses = self.losses(done, images, self.tokenizer.canvas.paint)
+    def train_step(self, data: Any) -> dict[str, float]:
+        """One optimiser step on this process' rows. Returns what the log holds of it."""
+        config, task = self.config, self.task
+        lr = learning_rate(config.optim, self.step)
+        set_rate(self.optimizer, lr)
+        task.step = self.step
+        rng = torch.get_rng_state()
+        data = _to(data, self.device)
+        pieces = _split(data, config.accumulate)
+        kept: list[Losses] = []
         self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(trained, self.config.optim.clip or math.inf)
+        for i, piece in enumerate(pieces):
+            with self.processes.gathering(self.wrapped, last=i == len(pieces) - 1):
+                try:
+                    losses = self.wrapped(piece)
+                except NotFiniteError as error:
+                    raise self._broken(str(error), data, rng) from error
+                self.processes.backward(losses.total / len(pieces))
+            kept.append(_without_gradient(losses))
+        norm = self.processes.clip(self.optimizer, config.optim.clip or math.inf)
+        told = self._means({"loss": [losses.total for losses in kept]} | _by_name(kept)) | {
+            "gradient_norm": norm.item()
+        }
         # The gradient too: it can overflow under a finite loss, and one such step would spoil every weight.
-        if not (torch.isfinite(losses.total) and torch.isfinite(norm)):
-            raise self._broken(f"the loss is {losses.total.item()} and its gradient's norm {norm.item()}")
+        finite = math.isfinite(told["gradient_norm"])
+        self.lost = 0 if finite else self.lost + 1
+        if not math.isfinite(told["loss"]) or (self.lost > (LOST_STEPS if config.precision == "fp16" else 0)):
+            what = f"the loss is {told['loss']} and its gradient's norm {told['gradient_norm']}"
+            raise self._broken(what, data, rng)
         self.optimizer.step()
-        self.average.update(self.tokenizer, self.step)
+        if self.critic is not None:
+            pairs = [(losses.fake, task.real(piece)) for losses, piece in zip(kept, pieces, strict=True)]
+            told |= self._critic_step([(fake, real) for fake, real in pairs if fake is not None], lr)
+        self.average.update(task.model, self.step)
         self.step += 1
-        parts = {key: value.item() for key, value in losses.parts.items()}
-        return {"loss": losses.total.item(), **parts, "gradient_norm": norm.item(), "lr": lr}
+        return told | {"lr": lr}
 
-    def _broken(self, what: str) -> RunError:
+    def _critic_step(self, pairs: list[tuple[Tensor, Tensor]], lr: float) -> dict[str, float]:
+        """The critic learns to tell the pictures of this step from real ones. Nothing before its start step."""
+        if not pairs:
+            return {}
+        set_rate(self.critic_optimizer, lr * self.task.critic.rate)
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        kept = []
+        for i, (fake, real) in enumerate(pairs):
+            with self.processes.gathering(self.critic, whole=True, last=i == len(pairs) - 1):
+                losses = self.critic(fake, real)
+                self.processes.backward(losses.total / len(pairs))
+            kept.append(_without_gradient(losses))
+        norm = self.processes.clip(self.critic_optimizer, self.config.optim.clip or math.inf)
+        if torch.isfinite(norm):
+            self.critic_optimizer.step()
+        return self._means(_by_name(kept))
+
+    def _means(self, named: dict[str, list[Tensor]]) -> dict[str, float]:
+        """Each name's mean over pieces and processes, fetched from the device at once."""
+        values = torch.stack([torch.stack(list(map(_scalar, values))).mean() for values in named.values()])
+        return dict(zip(named, self.processes.mean(values).tolist(), strict=True))
+
+    def _broken(self, what: str, data: Any, rng: Tensor) -> RunError:
+        """The error to raise; the step is saved first, so that it can be looked at."""
         kept = "no checkpoint was written yet" if self.saved is None else f"the checkpoint of step {self.saved} is kept"
+        state = {"step": self.step, "data": data, "rng": rng, "model": self.task.state_dict(), "what": what}
+        saved = ""
+        if self.processes.sharded is False:
+            name = f"broken-{self.processes.rank}.pt"
+            with suppress(OSError, RuntimeError):
+                write_atomically(self.folder / name, lambda path: torch.save(state, path))
+                saved = f" (its pictures, weights and random state are in {name})"
         return RunError(
-            f"{what} at step {self.step + 1}; {kept}. Try a lower optim.lr or a longer optim.warmup in "
-            f"{self.folder / 'recipe.toml'}"
+            f"{what} at step {self.step + 1}{saved}; {kept}. Try a lower optim.lr or a longer optim.warmup in "
+            f"{self.folder / 'recipe.toml'}, then go on with --resume"
         )
-
-    def set_modes(self) -> None:
-        self.tokenizer.train()
-        if self.config.init.freeze:
-            for part in self.config.init.parts:
-                getattr(self.tokenizer, part).eval()
 
     # Validation
 
-    @torch.no_grad()
     def validate(self, journal: Journal) -> None:
-        """PSNR (and the perceptual distance) of the averaged weights at each length, codebook use, and a picture."""
-        model, config = self.average.model, self.config
-        lengths = powers_of_two(model.max_tokens) if model.nested else [model.max_tokens]
-        if len(lengths) > 4 and not model.decoder.one_pass:
-            # Each length is a whole sampling run.
-            lengths = sorted({*lengths[2::2], lengths[-1]})
-        sums: dict[str, float] = {}
-        count, first = 0, None
-        usage = CodebookUsage(model.codebook_sizes)
-        batches = val_batches(open_source(config.data.val), model.image_size, config.data.val_images, 64)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            for batch in batches:
-                images = batch.to(self.device).float() / 255
-                tokens = model.encode(images, batch_size=64)
-                usage.update(tokens.ids)
-                count += len(images)
-                for n in lengths:
-                    pictures = model.decode(tokens[:, :n], batch_size=64)
-                    scores = {f"psnr@{n}": psnr(pictures, images)}
-                    if self.losses.distance is not None:
-                        with torch.autocast(self.device.type, enabled=False):
-                            scores[f"perceptual@{n}"] = self.losses.distance(pictures, images)
-                    for key, value in scores.items():
-                        sums[key] = sums.get(key, 0.0) + value.sum().item()
-                first = images[:8].cpu() if first is None else first
-        scalars = {key: value / count for key, value in sums.items()}
-        for k, used in enumerate(usage.compute()):
-            scalars[f"codebook_use/{k}"] = used.used
-        journal.validation(self.step, scalars, self.sample_sheet(first, lengths))
+        """The averaged weights, judged by the first process while the others wait."""
+        model = self.average.whole()
+        if self.processes.main:
+            precision = self.processes.dtype
+            with torch.autocast(self.device.type, precision, enabled=precision is not torch.float32):
+                found = self.task.validate(model)
+            if found is not None:
+                score = self.task.score(found.scalars)
+                if score is not None and score > self.best:
+                    self.best = score
+                    self._write(lambda: self.task.save(model, self.folder, "best.safetensors"))
+                journal.validation(self.step, found.scalars, found.sheet)
+        self.processes.wait()
 
-    def sample_sheet(self, images: Tensor, lengths: list[int]) -> Any:
-        from tokenizers_vis.pictures import contact_sheet
+    # Data that could not be read
 
-        model = self.average.model
-        tokens = model.encode(images)
-        columns = [model.decode(tokens[:, :n]).cpu() for n in lengths]
-        rows = [[*(column[i] for column in columns), images[i]] for i in range(len(images))]
-        return contact_sheet(rows, columns=[*(f"{n} tokens" for n in lengths), "original"])
+    def _note_skipped(self, names: list[str], journal: Journal) -> None:
+        for name in names:
+            self.skipped += 1
+            journal.say(f"skipped a corrupt image: {name} ({self.skipped} so far)")
+        if names:
+            with (self.folder / "skipped.txt").open("a", encoding="utf-8") as file:
+                file.writelines(f"{name}\n" for name in names)
+
+    def _check_data(self, state: Mapping[str, Any]) -> None:
+        if state["data"] != self.task.fingerprint:
+            raise RunError(
+                f"the data are not those that this run was started on (their names or sizes differ); bring "
+                f"those back, or start a new run with init.tokenizer={self.folder}"
+            )
 
     # Checkpoints
 
     def write_checkpoint(self) -> None:
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        average = self.average.whole()
         state = {
             "step": self.step,
-            "skipped": self.skipped,
-            "data": self.source.fingerprint,
-            "model": self.tokenizer.state_dict(),
-            "average": self.average.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
+            "recipe": dataclasses.asdict(self.config),
+            "built": self.task.built,
+            "data": self.task.fingerprint,
+            "best": self.best,
+            "skipped": self.processes.gather(self.skipped),
+            "rng": self.processes.gather(rng),
+            "model": self.processes.state(self.task),
+            "average": average.state_dict(),
+            "optimizer": self.processes.optimizer_state(self.wrapped, self.optimizer),
+            "scaler": self.processes.scaler_state(),
+            "critic": None if self.critic is None else self.task.critic.state_dict(),
+            "critic_optimizer": None if self.critic is None else self.critic_optimizer.state_dict(),
         }
+        if self.processes.main:
+            self._write(lambda: self._save(state, average))
+        self.processes.wait()
+        self.saved = self.step
+
+    def _save(self, state: dict[str, Any], average: nn.Module) -> None:
+        newest = self.folder / "checkpoint.pt"
+        before = self.saved
+
+        def put(path: Path) -> None:
+            torch.save(state, path)
+            if self.config.log.keep > 1 and before not in (None, self.step) and newest.exists():
+                # A second name for the old file; the rename that follows takes only the first one away.
+                kept = self.folder / f"checkpoint-{before:07d}.pt"
+                kept.unlink(missing_ok=True)
+                kept.hardlink_to(newest)
+
+        write_atomically(newest, put)
+        self.saved = self.step
+        older = sorted(self.folder.glob("checkpoint-*.pt"))
+        for path in older[: max(0, len(older) - self.config.log.keep + 1)]:
+            path.unlink()
+        self.task.save(average, self.folder)
+
+    def _write(self, write: Callable[[], None]) -> None:
         try:
-            write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(state, path))
-            self.saved = self.step
-            self.average.model.save(self.folder / "tokenizer.safetensors")
+            write()
         except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer in C++ raises RuntimeError
             kept = "there is none yet" if self.saved is None else f"that of step {self.saved} is whole"
             raise RunError(
@@ -297,63 +362,125 @@ class Run:
                 f"{first_line(error)}. Make room on the disk, then go on with --resume"
             ) from error
 
-    def read_checkpoint(self) -> None:
-        file = self.folder / "checkpoint.pt"
+    def _clean(self) -> None:
+        """What a kill in the middle of writing left aside."""
+        if self.processes.main:
+            for path in self.folder.glob(".*"):
+                if path.suffix in (".pt", ".safetensors", ".jsonl", ".toml"):
+                    path.unlink(missing_ok=True)
+
+    def _load(self, state: Mapping[str, Any], module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         try:
-            state = torch.load(file, map_location=self.device, weights_only=True)
+            module.load_state_dict(weights)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise RunError(
+                f"the checkpoint in {self.folder} is not of the run that recipe.toml beside it describes: "
+                f"{first_line(error)}"
+            ) from error
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Optimiser, counts and random states; the weights are loaded already."""
+        processes = self.processes
+        processes.load_optimizer(self.wrapped, self.optimizer, state["optimizer"])
+        processes.load_scaler(state["scaler"])
+        if self.critic is not None:
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.step = self.saved = state["step"]
+        self.best = state["best"]
+        before, now = len(state["rng"]), processes.world
+        self.skipped = state["skipped"][processes.rank] if before == now else sum(state["skipped"]) * processes.main
+        if before == now:
+            rng = state["rng"][processes.rank]
+            torch.set_rng_state(rng["cpu"])
+            if "cuda" in rng and self.device.type == "cuda":
+                torch.cuda.set_rng_state(rng["cuda"], self.device)
+            return
+        processes.say(
+            f"the run had {before} process{'es' * (before > 1)}, now it has {now}: it goes on with the same batches, "
+            "but random draws (lengths, noise) are others than they would have been"
+        )
+        torch.manual_seed(hash((self.config.seed, self.step, processes.rank)) % 2**63)
+
+
+def read_checkpoint(folder: Path, processes: Processes) -> dict[str, Any]:
+    """The newest checkpoint that can be read. Raises ``RunError``."""
+    wrong = []
+    for file in [folder / "checkpoint.pt", *sorted(folder.glob("checkpoint-*.pt"), reverse=True)]:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            if missing := [
+                key for key in ("step", "recipe", "built", "model", "average", "optimizer") if key not in state
+            ]:
+                raise ValueError(f"it lacks {', '.join(missing)}")
         except Exception as error:  # on damaged bytes torch raises nearly anything
-            raise RunError(
-                f"{file} is damaged and cannot be read: {first_line(error)}. Start a new run; its init.tokenizer may "
-                f"be {self.folder}, whose averaged weights are in a file of their own"
-            ) from error
-        try:
-            if state["data"] != self.source.fingerprint:
-                raise RunError(
-                    f"{self.config.data.train} does not hold the images that this run was started on (their names "
-                    f"or sizes differ); bring those back, or start a new run with init.tokenizer={self.folder}"
-                )
-            self.tokenizer.load_state_dict(state["model"])
-            self.average.model.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.skipped = state["step"], state["skipped"]
-            self.saved = self.step
-            torch.set_rng_state(state["rng"].cpu())
-            if state["cuda_rng"] and self.device.type == "cuda":
-                torch.cuda.set_rng_state(state["cuda_rng"][0].cpu(), self.device)
-        except RunError:
-            raise
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{file} is not of the run that recipe.toml beside it describes: {first_line(error)}"
-            ) from error
+            wrong.append(f"{file} is damaged and cannot be read: {first_line(error)}")
+            continue
+        for line in wrong:
+            processes.say(f"{line}; going on from {file.name}, step {state['step']}")
+        return state
+    raise RunError(
+        f"{wrong[0]}. Start a new run; its init.tokenizer may be {folder}, whose averaged weights are in a file of "
+        "their own"
+    )
 
 
-def untrained(config: TrainConfig) -> Tokenizer:
-    """The tokenizer of a recipe, with the parts that ``init`` names taken from a trained one."""
-    for part in config.tokenizer:
-        if part not in PARTS:
-            raise ConfigError(f"a tokenizer has no {part!r}.{did_you_mean(part, PARTS)} It has: {', '.join(PARTS)}.")
-    table = {"name": config.name, **config.tokenizer}
-    init = config.init
-    if not init.tokenizer:
-        return Tokenizer.from_config(table)
-    source = load(init.tokenizer, device="cpu")
-    for part in ("canvas", *init.parts):
-        if table.setdefault(part, source.config[part]) != source.config[part]:
-            raise ConfigError(f"tokenizer.{part} differs from that of {init.tokenizer}, which init takes; leave it out")
-    if init.freeze and {"encoder", "quantizer"} <= set(init.parts):
-        table["codes"] = source.codes  # the same ids: either decodes the other's files
-    tokenizer = Tokenizer.from_config(table)
-    for part in init.parts:
-        getattr(tokenizer, part).load_state_dict(getattr(source, part).state_dict())
-        getattr(tokenizer, part).requires_grad_(not init.freeze)
-    for part in init.adopt:
-        own, other = (getattr(t, part).state_dict() for t in (tokenizer, source))
-        fitting = {key: value for key, value in other.items() if key in own and own[key].shape == value.shape}
-        if not fitting:
-            raise ConfigError(f"init.adopt: the {part} of {init.tokenizer} has no weight of the same name and shape")
-        getattr(tokenizer, part).load_state_dict({**own, **fitting})
-    return tokenizer
+def _prepare_blocks(model: nn.Module, config: RunConfig) -> None:
+    """Compiles transformer blocks (encoder and decoder, where there are none), or lets them forget activations."""
+    blocks = transformer_blocks(model)
+    if config.checkpointing:
+        if not blocks:
+            raise ConfigError("checkpointing works on transformer blocks, and this model has none; leave it out")
+        for block in blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if config.compile:
+        whole = [getattr(model, part) for part in ("encoder", "decoder") if hasattr(model, part)] or [model]
+        for module in blocks or whole:
+            module.compile()
+
+
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """``lr`` for each group, times the group's own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("factor", 1.0)
+
+
+def _to(data: Any, device: torch.device) -> Any:
+    """Tensors, and named tuples of tensors, onto a device."""
+    if isinstance(data, Tensor):
+        return data.to(device, non_blocking=True)
+    return type(data)(*(_to(part, device) for part in data))
+
+
+def _split(data: Any, pieces: int) -> list[Any]:
+    """The rows in so many equal pieces."""
+    if pieces == 1:
+        return [data]
+    if isinstance(data, Tensor):
+        return list(data.chunk(pieces))
+    return [type(data)(*parts) for parts in zip(*(_split(part, pieces) for part in data), strict=True)]
+
+
+def _without_gradient(losses: Losses) -> Losses:
+    """The graph is let go of before the next piece is computed."""
+    fake = None if losses.fake is None else losses.fake.detach()
+    return Losses(losses.total.detach(), {key: _scalar(value).detach() for key, value in losses.parts.items()}, fake)
+
+
+def _by_name(kept: list[Losses]) -> dict[str, list[Tensor]]:
+    return {key: [losses.parts[key] for losses in kept] for key in kept[0].parts}
+
+
+def _scalar(value: Tensor | float) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples and lists are alike in a recipe."""
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": ordered, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+    fused = all(p.device.type in ("cpu", "cuda") for p in matrices)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
 
 
 class Average:
@@ -71,13 +72,34 @@ class Average:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
+        self.shards: list[Tensor] = []
+
+    def follow(self, model: nn.Module) -> None:
+        """Call once, when the model's weights have been sharded: the average is from then on sharded alike."""
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        values = list(model.state_dict().values())
+        if not any(isinstance(value, DTensor) for value in values):
+            return
+        for mine, other in zip(self.model.state_dict().values(), values, strict=True):
+            sharded = isinstance(other, DTensor)
+            self.shards.append(distribute_tensor(mine, other.device_mesh, other.placements) if sharded else mine)
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Call after optimiser step ``step`` (from 0). The decay warms up, so that the start is soon forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for mine, other in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+        averaged = self.shards or self.model.state_dict().values()
+        for mine, other in zip(averaged, model.state_dict().values(), strict=True):
             if mine.is_floating_point():
                 mine.lerp_(other, 1 - decay)
             else:
                 mine.copy_(other)
+
+    @torch.no_grad()
+    def whole(self) -> nn.Module:
+        """The averaged model. Where it is sharded, every process calls this at the same time."""
+        for mine, shard in zip(self.model.state_dict().values(), self.shards, strict=False):
+            if hasattr(shard, "full_tensor"):
+                mine.copy_(shard.full_tensor())
+        return self.model

@@ -1,0 +1,222 @@
+"""Learning a tokenizer: images in, losses out, reconstructions at several lengths to judge it by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tokenizers_vis.config import ConfigError, did_you_mean
+from tokenizers_vis.encoders.base import powers_of_two
+from tokenizers_vis.eval.metrics import CodebookUsage, psnr
+from tokenizers_vis.presets import load
+from tokenizers_vis.sources import open_source
+from tokenizers_vis.tokenizer import PARTS, Tokenizer
+from tokenizers_vis.train.adversary import Critic
+from tokenizers_vis.train.anneal import anneal
+from tokenizers_vis.train.canvas import adopt_canvas
+from tokenizers_vis.train.data import DataConfig, TrainBatches, val_batches
+from tokenizers_vis.train.health import CodeHealth
+from tokenizers_vis.train.losses import LossConfig, Losses, LossSum
+from tokenizers_vis.train.task import RunConfig, Task, Validation
+from tokenizers_vis.train.tower import adopt_tower
+
+Part = Literal["canvas", "encoder", "quantizer", "decoder"]
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What is taken from a trained tokenizer: a preset, file or run folder.
+
+    weights: for a preset, its authors' file, in place of a download.
+    parts: taken whole, config and weights. freeze: those of them that stay as they are; true is all.
+    adopt: parts of another architecture, which take over the weights of the same name and shape. A canvas of VQGAN
+        codes adopts all it has, from another such canvas or from the 2D VQGAN itself.
+
+    tower, tower_weights: a timm model of CLIP or SigLIP, and a local file of it or "" for a download, from which the
+        transformer of a dual encoder starts (TokenFlow).
+
+    The canvas is taken whole where it is not adopted.
+    """
+
+    tokenizer: str = ""
+    weights: str = ""
+    parts: tuple[Part, ...] = ()
+    freeze: bool | tuple[Part, ...] = False
+    adopt: tuple[Part, ...] = ()
+    tower: str = ""
+    tower_weights: str = ""
+
+    def __post_init__(self) -> None:
+        if self.tokenizer and self.tower:
+            raise ValueError("tower is what an encoder starts from that is of no trained tokenizer: give one of them")
+        if bool(self.tokenizer) != bool(self.parts or self.adopt):
+            raise ValueError("tokenizer comes with parts or adopt: which trained tokenizer, and which of its parts")
+        if both := set(self.parts) & set(self.adopt):
+            raise ValueError(f"{', '.join(both)} is either taken whole (parts) or adopted, not both")
+        if not isinstance(self.freeze, bool) and (loose := set(self.freeze) - set(self.parts)):
+            raise ValueError(f"freeze names parts that are taken whole; {', '.join(loose)} is not among parts")
+
+    @property
+    def frozen(self) -> tuple[Part, ...]:
+        return (self.parts if self.freeze else ()) if isinstance(self.freeze, bool) else self.freeze
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """``tokenizer`` is a preset's table: canvas, encoder, quantizer, decoder."""
+
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig
+    init: InitConfig = field(default_factory=InitConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+class TokenizerTask(Task):
+    """See ``Task``."""
+
+    config_type = TrainConfig
+
+    def __init__(self, config: TrainConfig, device: torch.device, built: Mapping[str, Any] | None = None) -> None:
+        super().__init__(config, device, built)
+        if not config.data.train:
+            raise ConfigError("data.train is empty: say where the images are (--data PATH)")
+        self.source = open_source(config.data.train)
+        self.fingerprint = self.source.fingerprint
+        self.model = untrained(config) if built is None else Tokenizer.from_config(built)
+        for part in config.init.frozen:
+            getattr(self.model, part).requires_grad_(False)
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ConfigError("init.freeze leaves nothing to train: name fewer parts")
+        self.losses = LossSum(config.loss, self.model, device)
+        model = self.model
+        self.health = None if model.continuous else CodeHealth(model.codebook_sizes, model.max_tokens)
+
+    @property
+    def critic(self) -> Critic | None:  # no attribute, which would register it here
+        return self.losses.critic
+
+    @property
+    def built(self) -> dict[str, Any]:
+        return self.model.config
+
+    def batches(self, start: int, rank: int, world: int) -> TrainBatches:
+        data = self.config.data
+        return TrainBatches(
+            self.source,
+            image_size=self.model.image_size,
+            batch_size=self.config.optim.batch_size,
+            seed=self.config.seed,
+            crop=data.crop,
+            square=data.square,
+            flip=data.flip,
+            workers=data.workers,
+            start=start,
+            rank=rank,
+            world=world,
+        )
+
+    def set_modes(self) -> None:
+        self.train()
+        for part in self.config.init.frozen:
+            getattr(self.model, part).eval()
+
+    def forward(self, data: Tensor) -> Losses:
+        """data: b 3 h w, uint8."""
+        anneal(self.model, self.config.loss.anneal, self.step)
+        images = data.float() / 255
+        done = self.model.training_pass(images)
+        if self.health is not None:
+            self.health.update(done.quantized.ids)
+        return self.losses(done, images, self.step)
+
+    def scalars(self) -> dict[str, float]:
+        return {} if self.health is None else self.health.compute()
+
+    def real(self, data: Tensor) -> Tensor:
+        return data.float() / 255
+
+    @torch.no_grad()
+    def validate(self, model: Tokenizer) -> Validation | None:
+        """PSNR (and the perceptual distance) of the averaged weights at each length, codebook use, and a picture."""
+        data = self.config.data
+        if not data.val:
+            return None
+        lengths = powers_of_two(model.max_tokens) if model.nested else [model.max_tokens]
+        if len(lengths) > 4 and not model.decoder.one_pass:
+            # Each length is a whole sampling run.
+            lengths = sorted({*lengths[2::2], lengths[-1]})
+        sums: dict[str, float] = {}
+        count, rows = 0, []
+        usage = None if model.continuous else CodebookUsage(model.codebook_sizes)
+        for batch in val_batches(open_source(data.val), model.image_size, data.val_images, 64):
+            images = batch.to(model.device).float() / 255
+            tokens = model.encode(images, batch_size=64)
+            if usage is not None:
+                usage.update(tokens.ids)
+            columns = []
+            for n in lengths:
+                pictures = model.decode(tokens[:, :n], batch_size=64)
+                columns.append(pictures[:8].cpu())
+                scores = {f"psnr@{n}": psnr(pictures, images)}
+                if self.losses.distance is not None:
+                    with torch.autocast(images.device.type, enabled=False):
+                        scores[f"perceptual@{n}"] = self.losses.distance(pictures, images)
+                for key, value in scores.items():
+                    sums[key] = sums.get(key, 0.0) + value.sum().item()
+            count += len(images)
+            rows = rows or [[*(column[i] for column in columns), image.cpu()] for i, image in enumerate(images[:8])]
+        scalars = {key: value / count for key, value in sums.items()}
+        for k, used in enumerate(usage.compute() if usage else ()):
+            scalars[f"codebook_use/{k}"] = used.used
+        from tokenizers_vis.pictures import contact_sheet
+
+        heads = [f"{n} token" if n == 1 else f"{n} tokens" for n in lengths]
+        return Validation(scalars, contact_sheet(rows, columns=[*heads, "original"]))
+
+    def score(self, scalars: Mapping[str, float]) -> float | None:
+        """The perceptual distance with all tokens where it is trained on, else PSNR."""
+        n = self.model.max_tokens
+        return -scalars[f"perceptual@{n}"] if f"perceptual@{n}" in scalars else scalars.get(f"psnr@{n}")
+
+    def save(self, model: Tokenizer, folder: Path, name: str | None = None) -> None:
+        model.save(folder / (name or "tokenizer.safetensors"))
+
+
+def untrained(config: TrainConfig) -> Tokenizer:
+    """The tokenizer of a recipe, with the parts that ``init`` names taken from a trained one."""
+    for part in config.tokenizer:
+        if part not in PARTS:
+            raise ConfigError(f"a tokenizer has no {part!r}.{did_you_mean(part, PARTS)} It has: {', '.join(PARTS)}.")
+    table = {"name": config.name, **config.tokenizer}
+    init = config.init
+    if not init.tokenizer:
+        tokenizer = Tokenizer.from_config(table)
+        if init.tower:
+            adopt_tower(tokenizer.encoder, init.tower, init.tower_weights)
+        return tokenizer
+    source = load(init.tokenizer, device="cpu", weights=init.weights or None)
+    whole = [part for part in dict.fromkeys(("canvas", *init.parts)) if part not in init.adopt]
+    for part in whole:
+        if table.setdefault(part, source.config[part]) != source.config[part]:
+            raise ConfigError(f"tokenizer.{part} differs from that of {init.tokenizer}, which init takes; leave it out")
+    if {"encoder", "quantizer"} <= set(init.frozen):
+        table["codes"] = source.codes  # the same ids: either decodes the other's files
+    tokenizer = Tokenizer.from_config(table)
+    # The canvas may hold weights of its own (a VAE, a VQGAN); a tokenizer that is tuned keeps those.
+    for part in whole:
+        getattr(tokenizer, part).load_state_dict(getattr(source, part).state_dict())
+    for part in init.adopt:
+        if part == "canvas":
+            adopt_canvas(tokenizer.canvas, source, init.tokenizer)
+            continue
+        own, other = (getattr(t, part).state_dict() for t in (tokenizer, source))
+        fitting = {key: value for key, value in other.items() if key in own and own[key].shape == value.shape}
+        if not fitting:
+            raise ConfigError(f"init.adopt: the {part} of {init.tokenizer} has no weight of the same name and shape")
+        getattr(tokenizer, part).load_state_dict({**own, **fitting})
+    return tokenizer
