@@ -96,6 +96,7 @@ def test_the_import_is_light() -> None:
 
 def test_dir_lists_the_public_names() -> None:
     public = {"load", "list_presets", "Tokenizer", "Tokens", "Latents", "TokenFileError", "to_pil"}
+    public |= {"Generator", "load_generator"}
     assert set(tokenizers_vis.__all__) == public
     assert set(dir(tokenizers_vis)) == public | {"__version__"}
     for name in public:

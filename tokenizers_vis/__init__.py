@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 
 if _TYPE_CHECKING:
     from tokenizers_vis.catalogue import list_presets as list_presets
+    from tokenizers_vis.generator import Generator as Generator
+    from tokenizers_vis.generator import load_generator as load_generator
     from tokenizers_vis.images import to_pil as to_pil
     from tokenizers_vis.latents import Latents as Latents
     from tokenizers_vis.presets import load as load
@@ -25,6 +27,8 @@ if _TYPE_CHECKING:
 _HOME = {
     "load": "presets",
     "list_presets": "catalogue",
+    "load_generator": "generator",
+    "Generator": "generator",
     "Tokenizer": "tokenizer",
     "Tokens": "tokens",
     "Latents": "latents",

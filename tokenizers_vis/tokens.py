@@ -5,7 +5,6 @@ Letters: b batch, n tokens, k codebooks.
 
 from __future__ import annotations
 
-import html
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +18,11 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_tensor
 
 from tokenizers_vis import token_file
+from tokenizers_vis.displays import tokens_html
 from tokenizers_vis.files import write_atomically
 from tokenizers_vis.quantizers.base import check_ids
+from tokenizers_vis.sequences import join, split
 from tokenizers_vis.token_file import TokenFileError, bits_of, check_sizes
-
-# How much of a batch a notebook shows.
-_SHOWN_IMAGES, _SHOWN_TOKENS = 8, 256
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -123,23 +121,7 @@ class Tokens:
         )
 
     def _repr_html_(self) -> str:
-        strips = []
-        for index, length in enumerate(self._length_list()[:_SHOWN_IMAGES]):
-            ids = self.ids[index, : min(length, _SHOWN_TOKENS)].tolist()
-            cells = "".join(
-                "<span style='display:inline-flex;flex-direction:column;margin:0 1px 2px 0'>"
-                + "".join(map(_cell, token, self.codebook_sizes))
-                + "</span>"
-                for token in ids
-            )
-            more = f" &hellip; and {length - len(ids)} more" if length > len(ids) else ""
-            strips.append(
-                f"<div style='line-height:0;margin:4px 0'>{cells}<small style='opacity:.7'>{more}</small></div>"
-            )
-        if len(self) > _SHOWN_IMAGES:
-            strips.append(f"<small style='opacity:.7'>and {len(self) - _SHOWN_IMAGES} more images</small>")
-        # No colour is set for text, and the cells are of middle lightness: both show on a dark and on a light page.
-        return f"<div><strong>{html.escape(repr(self))}</strong>{''.join(strips)}</div>"
+        return tokens_html(self)
 
     # -- parts and wholes
 
@@ -183,21 +165,23 @@ class Tokens:
 
     # -- one stream of integers
 
-    def to_sequence(self, pad: int | None = None) -> Tensor:
-        """ids as one vocabulary: b (n k) int64, token by token, codebook j offset by ``sum(codebook_sizes[:j])``.
+    def to_sequence(
+        self,
+        pad: int | None = None,
+        *,
+        begin: int | None = None,
+        end: int | None = None,
+        label: int | Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """ids as one vocabulary: b l int64, token by token, codebook j offset by ``sum(codebook_sizes[:j])``.
 
-        pad: fills the places after an image's last token; needed for a ragged batch, at least ``vocab_size``.
+        begin, label, end: special ids around the codes of an image, ``begin label codes ... end``, where given; a label
+            is one for all images, or one each. ``Vocabulary`` names ids for them.
+        pad: fills the places after an image's last; needed for a ragged batch.
+
+        All specials are ``vocab_size`` or more, and no two alike. Raises ``ValueError``.
         """
-        _check_pad(pad, self.vocab_size)
-        if self.lengths is not None and pad is None:
-            raise ValueError(
-                f"these images have unlike numbers of tokens ({_span(self._length_list())}): give pad, an id "
-                f"from {self.vocab_size} on, or go image by image"
-            )
-        ids = self.ids + _offsets(self.codebook_sizes).to(self.ids.device)
-        if self.lengths is not None:
-            ids = ids.masked_fill(~_real(self.lengths, self.n_tokens), pad)
-        return rearrange(ids, "b n k -> b (n k)")
+        return join(self.ids, self.lengths, self.codebook_sizes, begin=begin, label=label, end=end, pad=pad)
 
     @classmethod
     def from_sequence(
@@ -207,40 +191,19 @@ class Tokens:
         tokenizer: str,
         pad: int | None = None,
         nested: bool | None = None,
+        *,
+        begin: int | None = None,
+        end: int | None = None,
+        labels: range | None = None,
     ) -> Tokens:
-        """The inverse of ``to_sequence``. ids: b (n k) integers, or one (n k).
+        """The inverse of ``to_sequence``, without the specials. ids: b l integers, or one l. labels: the ids of them.
 
-        Raises ``ValueError`` for floats, a length that is no multiple of k, an id that does not belong to the
-        codebook of its place (a special token, say), or a pad that is followed by another id.
+        Raises ``ValueError`` for floats, a number of codes that is no multiple of k, an id that does not belong to the
+        codebook of its place (a special that was not named, say), or anything but pad after the end.
         """
         sizes = check_sizes(codebook_sizes)
-        k, vocab_size = len(sizes), sum(sizes)
-        _check_pad(pad, vocab_size)
-        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise ValueError(f"a sequence is a tensor of integers, got {getattr(ids, 'dtype', type(ids).__name__)}")
-        if ids.ndim not in (1, 2) or ids.numel() == 0:
-            raise ValueError(f"a sequence is b (n {k}) or (n {k}) with at least one token, got {tuple(ids.shape)}")
-        ids = ids.long() if ids.ndim == 2 else rearrange(ids.long(), "l -> 1 l")
-        if ids.shape[1] % k:
-            raise ValueError(f"a sequence is {k} ids a token, but {ids.shape[1]} is no multiple of {k}; strip specials")
-        real = torch.ones_like(ids) if pad is None else (ids != pad).long().cumprod(dim=1)
-        counts = real.sum(dim=1)
-        if (counts % k).any() or (counts == 0).any():
-            raise ValueError(f"before pad {pad} come whole tokens of {k} ids, at least one; got {counts.tolist()} ids")
-        real = rearrange(real, "b (n k) -> b n k", k=k).bool()
-        by_token, low = rearrange(ids, "b (n k) -> b n k", k=k), _offsets(sizes).to(ids.device)
-        local = by_token - low
-        wrong = real & ((by_token < low) | (local >= torch.tensor(sizes, device=ids.device)))
-        if pad is not None:
-            wrong |= ~real & (by_token != pad)
-        if wrong.any():
-            b, n, j = wrong.nonzero()[0].tolist()
-            first, found = sum(sizes[:j]), by_token[b, n, j].item()
-            raise ValueError(
-                f"sequence {b} has id {found} at place {n * k + j}, where codebook {j} takes {first} to "
-                f"{first + sizes[j] - 1}" + ("" if pad is None else f" (or {pad} from there to the end)")
-            )
-        return cls(local.masked_fill(~real, -1), sizes, tokenizer, counts // k, nested)
+        parts = split(ids, sizes, begin=begin, labels=labels, end=end, pad=pad)
+        return cls(parts.ids, sizes, tokenizer, parts.lengths, nested)
 
     # -- the .tok file
 
@@ -323,11 +286,6 @@ def _check_lengths(lengths: Any, ids: Tensor) -> Tensor:
     return lengths.long()
 
 
-def _check_pad(pad: int | None, vocab_size: int) -> None:
-    if pad is not None and pad < vocab_size:
-        raise ValueError(f"pad {pad} is the id of a token; specials come after the last code, from {vocab_size} on")
-
-
 def _rows(index: Any, b: int) -> list[int]:
     """The images that an index names. numpy's indexing, since torch's knows no negative step."""
     chosen = index.cpu().numpy() if isinstance(index, Tensor) else index
@@ -349,10 +307,6 @@ def _rows(index: Any, b: int) -> list[int]:
     return rows
 
 
-def _offsets(sizes: Sequence[int]) -> Tensor:
-    return torch.tensor([sum(sizes[:j]) for j in range(len(sizes))], dtype=torch.int64)
-
-
 def _real(lengths: Tensor, n: int) -> Tensor:
     """b n 1, True where there is a token."""
     return rearrange(torch.arange(n, device=lengths.device) < lengths[:, None], "b n -> b n 1")
@@ -361,11 +315,3 @@ def _real(lengths: Tensor, n: int) -> Tensor:
 def _span(values: Sequence[int]) -> str:
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _cell(value: int, size: int) -> str:
-    # The hues stop short of the full circle, or the first and the last id would look the same.
-    return (
-        f"<span title='{value}' style='display:block;width:12px;height:12px;border-radius:2px;"
-        f"background:hsl({330 * value // (size - 1)},65%,55%)'></span>"
-    )
