@@ -72,6 +72,7 @@ def run(
     batch_size: int = 8,
     examples: int = 2,
     tick: _Tick = lambda what, n: None,
+    more: Callable[[Method, Task], None] = lambda method, task: None,
 ) -> list[Skipped]:
     """Does what is not done yet. Stopped at any moment, it goes on when it is called again.
 
@@ -79,6 +80,7 @@ def run(
     batch_size: pictures that a method is given at a time. examples: how many of the worst, the best and the first
         pictures of each method are kept to be shown.
     tick: called with what is done and a number of pictures, as the work goes on.
+    more: what else is to be done with a method on a suite, after its reconstructions and before it is let go.
 
     Raises ``ValueError`` for a folder that holds a benchmark of something else, with the difference named; for a method
     that lacks something, or gives back something other than it should; and when no picture of a suite can be read.
@@ -94,6 +96,7 @@ def run(
     for number, method in enumerate(methods):
         for task in tasks:
             _reconstruct(method, task, out, shard, batch_size, examples, tick)
+            more(method, task)
         if not any(_shares(method, other) for other in methods[number + 1 :]):
             method.release()  # one tokenizer after the other is in memory
     return skipped
@@ -187,8 +190,8 @@ def _read_originals(task: Task, out: Path, shard: Shard, batch_size: int, tick: 
             errors = zip(left, broken, strict=True)
             journal.append([{"i": i, "image": one.picture, "error": one.reason} for i, one in errors])
             tick(what, len(numbers))
-    readable = any("error" not in row for row in read_rows(folder))
-    if not readable and len(mine):
+    rows = list(read_rows(folder))
+    if skipped and len({row["i"] for row in rows}) == len(suite) and all("error" in row for row in rows):
         raise ValueError(f"none of the pictures of {suite.name} can be read, the first because {skipped[0].reason}")
     return skipped
 
@@ -265,6 +268,7 @@ def _cost(item: Item, one: Reconstruction) -> Row:
     row["bpp"] = None if one.nbytes is None else 8 * one.nbytes / (w * h)
     for key, seconds in (("encode_ms", one.encode_seconds), ("decode_ms", one.decode_seconds)):
         row[key] = None if seconds is None else 1000 * seconds
+    row["peak_mb"] = None if one.peak_bytes is None else one.peak_bytes / 1e6
     return row
 
 

@@ -92,6 +92,11 @@ class Report:
             yield f"  perplexity {use.perplexity:.1f}, entropy {use.entropy:.2f} of {math.log2(size):.2f} bits"
             shown = " ".join(f"{bits:.1f}" for bits in use.position_entropy[:SHOWN].tolist())
             yield f"  entropy at each position: {shown}{' ...' * (len(use.position_entropy) > SHOWN)}"
+            bits, most = use.position_entropy, math.log2(min(size, self.images))
+            yield (
+                f"  first {bits[0]:.2f}, last {bits[-1]:.2f}, mean {bits.nanmean():.2f} bits; of so many images "
+                f"{most:.2f} at most"
+            )
 
 
 @torch.no_grad()

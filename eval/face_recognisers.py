@@ -187,7 +187,8 @@ class FaceNet(FaceRecogniser):
 
         from tokenizers_vis.eval.perceptual import read_weights
 
-        path = Path(weights) if weights is not None else Path(torch.hub.get_dir()).parent / "checkpoints" / self.file
+        cache = Path(torch.hub.get_dir()).parent / "checkpoints"
+        path = Path(weights).expanduser() if weights is not None else cache / self.file
         if not path.is_file():
             raise ValueError(
                 f"there is no {path}; fetch {self.file} from https://github.com/timesler/facenet-pytorch/releases "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokenizers_vis.config import did_you_mean
 from tokenizers_vis.eval.inception import DIM, SIZE, FIDInception, tf1_bilinear
-from tokenizers_vis.eval.perceptual import not_at_hand, read_weights
+from tokenizers_vis.eval.perceptual import not_at_hand, read_weights, tensors_sha256
 from tokenizers_vis.weights import CheckpointError, load_strictly
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -151,7 +151,7 @@ class TimmFeatures(FeatureNet):
             near = did_you_mean(model, [*timm.list_models(), *_SHORT, "inception"])
             raise ValueError(f"there is no feature net {model!r}.{near} It is inception, {', '.join(_SHORT)} or timm's")
         self.name = name or model
-        self.net, from_tensorflow = _timm_net(model, str(weights), dict(options or {}))
+        self.net, from_tensorflow = timm_net(model, str(weights), dict(options or {}))
         config = timm.data.resolve_model_data_config(self.net)
         mean, std = ((0.5,) * 3, (0.5,) * 3) if from_tensorflow else (config["mean"], config["std"])
         self.register_buffer("mean", rearrange(torch.tensor(mean) * 255, "c -> c 1 1"), persistent=False)
@@ -159,7 +159,7 @@ class TimmFeatures(FeatureNet):
         self.size = size or config["input_size"][-1]
         self.mode = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
         self.resize = f"{self.mode}, antialiased, to {self.size} x {self.size}"
-        self.sha256 = _tensors_sha256(self.net.state_dict())
+        self.sha256 = tensors_sha256(self.net.state_dict())
         _freeze(self)
         self.dim = self(torch.zeros(1, 3, self.size, self.size)).shape[1]
 
@@ -209,13 +209,14 @@ def _download_inception() -> Path:
     return path
 
 
-def _timm_net(model: str, weights: str, options: dict) -> tuple[nn.Module, bool]:
-    """The model without its classifier, weights loaded, and whether it came from TensorFlow."""
+def timm_net(model: str, weights: str, options: dict, *, classifier: bool = False) -> tuple[nn.Module, bool]:
+    """The model with or without its classifier, weights loaded, and whether it came from TensorFlow."""
     import timm
 
     if not weights:
         try:
-            return timm.create_model(model, pretrained=True, num_classes=0, **options), False
+            kept = {} if classifier else {"num_classes": 0}
+            return timm.create_model(model, pretrained=True, **kept, **options), False
         except Exception as error:  # the hub's client raises errors of several libraries when it cannot connect
             raise not_at_hand(model, error) from error
     state, metadata = read_weights(weights)
@@ -232,21 +233,13 @@ def _timm_net(model: str, weights: str, options: dict) -> tuple[nn.Module, bool]
         load_strictly(net, state, weights)
     except CheckpointError as error:
         raise ValueError(f"{weights} is not a file of {model}: {error}; give the weights of this very model") from error
-    net.reset_classifier(0)
+    if not classifier:
+        net.reset_classifier(0)
     return net, classes == 1001
 
 
 def _freeze(net: FeatureNet) -> None:
     net.requires_grad_(False).eval()
-
-
-def _tensors_sha256(state: Mapping[str, Tensor]) -> str:
-    """Of names and values, so that the same net has one hash from whichever file it came."""
-    digest = hashlib.sha256()
-    for key in sorted(key for key in state if not key.endswith("num_batches_tracked")):
-        digest.update(f"{key} {tuple(state[key].shape)}".encode())
-        digest.update(state[key].float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _in_bytes(name: str, images: Tensor) -> Tensor:

@@ -14,15 +14,18 @@ from tokenizers_vis.eval.examples import FOLDER
 from tokenizers_vis.eval.tables import written
 
 _LARGEST = 512  # pixels of the longer side of a picture in the page
+_SMALL = 64 * 64  # up to so many pixels, which are looked at enlarged, nothing is lost
+_QUALITY = 90  # of the others: about 43 dB, to which JPEG at its usual quality is coarse
 _SHOWN = 4  # photographs that all methods are shown on
 
 
 class Pictures:
-    """Each picture once, as lossless WebP, under a short key."""
+    """Each picture once, as WebP, under a short key: two that are equal are one, wherever they come from."""
 
     def __init__(self) -> None:
         self.held: dict[str, str] = {}
         self._keys: dict[Path, tuple[str, float]] = {}
+        self._of_data: dict[str, str] = {}
 
     def add(self, path: Path) -> tuple[str, float]:
         """Its key, and width over height."""
@@ -34,9 +37,11 @@ class Pictures:
             shape = picture.width / picture.height
             picture.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
             data = io.BytesIO()
-            picture.save(data, "WEBP", lossless=True, quality=60)
-            key = f"p{len(self.held)}"
-            self.held[key] = "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
+            lossless = picture.width * picture.height <= _SMALL
+            picture.save(data, "WEBP", lossless=lossless, quality=_QUALITY, method=4)
+            address = "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
+            key = self._of_data.setdefault(address, f"p{len(self.held)}")
+            self.held[key] = address
             self._keys[path] = key, shape
         return self._keys[path]
 
@@ -51,11 +56,11 @@ def gallery(suite: Mapping[str, Any], out: Path, pictures: Pictures) -> str:
         original = folder_of(out, suite["name"], ORIGINALS) / FOLDER / file
         first = held[0][file]
         said = f"<b>original</b><br>{escape(first.get('instance', {}).get('text', '') or first['image'])}"
-        figures = [_figure(pictures, original, original, said, first["image"])]
+        figures = [figure(pictures, original, original, said, first["image"])]
         for row, files in zip(suite["rows"], held, strict=True):
             path = folder_of(out, suite["name"], row["label"]) / FOLDER / file
             said = f"<b>{escape(row['label'])}</b><br>{escape(_said(files[file]))}"
-            figures.append(_figure(pictures, original, path, said, f"{row['label']}: {first['image']}"))
+            figures.append(figure(pictures, original, path, said, f"{row['label']}: {first['image']}"))
         strips.append(f'<div class="strip{" words" * boxed}">{"".join(figures)}</div>')
     return "<h3>The same for all</h3>" + "".join(strips) if strips else ""
 
@@ -69,7 +74,8 @@ def pair(suite: str, label: str, one: Mapping[str, Any], out: Path, pictures: Pi
     )
 
 
-def _figure(pictures: Pictures, original: Path, picture: Path, said: str, name: str) -> str:
+def figure(pictures: Pictures, original: Path, picture: Path, said: str, name: str) -> str:
+    """A picture that opens beside its original. said: HTML below it; name: what it is called."""
     return f"<figure>{_button(pictures, original, picture, name)}<figcaption>{said}</figcaption></figure>"
 
 

@@ -60,7 +60,7 @@ class PictureJudge(Judge):
         self.arrays = {name: Array(net.dim) for name, net in self.nets.items()}
 
     def originals(self, items: Sequence[Item]) -> dict[str, np.ndarray]:
-        return self._features([item.pixels for item in items])
+        return self.features([item.pixels for item in items])
 
     def judge(
         self, items: Sequence[Item], pictures: Sequence[np.ndarray], kept: Mapping[str, np.ndarray]
@@ -69,7 +69,7 @@ class PictureJudge(Judge):
 
         from tokenizers_vis.eval.metrics import feature_cosine
 
-        features = self._features(pictures)
+        features = self.features(pictures)
         cosines = {
             net.metric("cosine"): feature_cosine(torch.from_numpy(kept[name]), torch.from_numpy(features[name]))
             for name, net in self.nets.items()
@@ -81,7 +81,7 @@ class PictureJudge(Judge):
 
     def describe(self) -> dict[str, Any]:
         nets = {name: {"sha256": net.sha256, "resize": net.resize, "dim": net.dim} for name, net in self.nets.items()}
-        return {"nets": nets, "distances": [distance.name for distance in self.distances]}
+        return {"nets": nets, "distances": {distance.name: {"sha256": distance.sha256} for distance in self.distances}}
 
     def _compare(self, original: np.ndarray, picture: np.ndarray) -> Row:
         """A metric that the picture is too small for is not in the row."""
@@ -99,12 +99,14 @@ class PictureJudge(Judge):
             row["ms_ssim"] = ms_ssim(y, x).item()
         with torch.no_grad():
             for distance in self.distances:
-                row[distance.name] = distance(y, x).item()
+                if side >= distance.least or distance.size:
+                    row[distance.name] = distance(y, x).item()
         if side >= 2:
             row |= {"energy": gradient_energy(y).item(), "energy_original": gradient_energy(x).item()}
         return row
 
-    def _features(self, pictures: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    def features(self, pictures: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """uint8 h w 3 each, sizes may differ -> by the name of each net, b d."""
         if not self.nets:
             return {}
         tensors = [as_tensor(pixels) for pixels in pictures]

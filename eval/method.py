@@ -21,6 +21,7 @@ class Reconstruction(NamedTuple):
     encode_seconds, decode_seconds: of this picture, its share of a batch; None where it takes no coding. Fitting a
         picture into a tokenizer's square is not in them.
     ids: n k, int64 on the CPU, where the method is a tokenizer of discrete tokens.
+    peak_bytes: of memory, the method's weights and what its batch took beyond them; None where it is not measured.
     """
 
     pixels: np.ndarray
@@ -29,6 +30,7 @@ class Reconstruction(NamedTuple):
     encode_seconds: float | None
     decode_seconds: float | None
     ids: torch.Tensor | None = None
+    peak_bytes: int | None = None
 
 
 class Method(ABC):

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokenizers_vis.catalogue import list_presets, preset
+from tokenizers_vis.catalogue import list_presets
 from tokenizers_vis.config import did_you_mean
 from tokenizers_vis.eval.codecs import CODECS, QUALITIES, check_codec, through_codec
 from tokenizers_vis.eval.folder import FolderMethod
 from tokenizers_vis.eval.method import Method, Reconstruction, check_images, some_of
 from tokenizers_vis.eval.squares import fit_square, unfit_square
+from tokenizers_vis.eval.tokenizer_method import LazyTokenizer, TokenizerMethod
 
 if TYPE_CHECKING:
     import torch
-
-    from tokenizers_vis.tokenizer import Tokenizer
 
 LADDER = (1, 5, 10, 25, 50)  # qualities of a codec that is named without any
 _ALLOWED = (
@@ -57,121 +54,6 @@ def parse_methods(
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(f"{some_of(twice)} is there twice: name every method once")
     return methods
-
-
-class LazyTokenizer:
-    """A tokenizer that is loaded when it is first asked for, once."""
-
-    def __init__(self, target: str, device: str | torch.device | None = None) -> None:
-        """target: as ``tv.load`` takes it. ``table`` is what is known of it beforehand: that of a preset, or empty."""
-        self.target, self.device = target, device
-        self.table: dict[str, Any] = preset(target) if target in list_presets() else {}
-        self._loaded: Tokenizer | None = None
-
-    def get(self) -> Tokenizer:
-        """Raises ``ValueError`` as ``tv.load`` does."""
-        if self._loaded is None:
-            from tokenizers_vis.presets import load
-
-            self._loaded = load(self.target, self.device)
-        return self._loaded
-
-    def release(self) -> None:
-        """Lets go of the loaded one; ``get`` loads it again."""
-        self._loaded = None
-
-
-class TokenizerMethod(Method):
-    """A tokenizer at one number of tokens.
-
-    Pictures of any shape are fitted into a black square of the tokenizer's size, and cut out of it again, as TokBench
-    does (``squares``). Methods of one tokenizer share the loaded one.
-    """
-
-    kind = "tokenizer"
-
-    def __init__(
-        self, label: str, source: LazyTokenizer, n_tokens: int | None = None, sampling: Mapping[str, Any] | None = None
-    ) -> None:
-        """n_tokens: None is all. sampling: options of ``decode``, used where the decoder is no one-pass decoder."""
-        self.label, self.source, self.n_tokens, self._sampling = label, source, n_tokens, dict(sampling or {})
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """The options that its decoder is called with."""
-        return {} if self.source.get().decoder.one_pass else self._sampling
-
-    def prepare(self, names: Sequence[str] = ()) -> None:
-        tok = self.source.get()
-        n = self.n_tokens
-        if n is not None and (not 1 <= n <= tok.max_tokens or (n < tok.max_tokens and not tok.nested)):
-            allowed = f"1 to {tok.max_tokens}" if tok.nested else f"{tok.max_tokens}, no fewer"
-            raise ValueError(f"{self.label}: {tok.name} makes {allowed} tokens, asked for {n}")
-
-    def reconstruct(self, images: Sequence[np.ndarray], names: Sequence[str]) -> list[Reconstruction]:
-        import torch
-        from einops import rearrange
-
-        from tokenizers_vis.tokens import Tokens
-
-        check_images(images, names)
-        if not images:
-            return []
-        self.prepare()
-        tok = self.source.get()
-        fitted = [fit_square(image, tok.image_size) for image in images]
-        x = torch.from_numpy(rearrange(np.stack([square for square, _ in fitted]), "b h w c -> b c h w"))
-        start = _clock(tok)
-        tokens = tok.encode(x, self.n_tokens)
-        encoded = _clock(tok)
-        decoded = tok.decode(tokens, **self.sampling)
-        done = _clock(tok)
-        if bad := [name for name, picture in zip(names, decoded, strict=True) if not picture.isfinite().all()]:
-            raise ValueError(
-                f"{self.label} decodes {some_of(bad)} to NaN: its weights, or its dtype {tok.dtype}, are at fault"
-            )
-        squares = rearrange((decoded * 255).round().to(torch.uint8), "b c h w -> b h w c").cpu().numpy()
-        discrete = isinstance(tokens, Tokens)
-        bits = tokens.n_tokens * (sum(map(math.log2, tok.codebook_sizes)) if discrete else tok.bits_per_token)
-        nbytes = -(-tokens.n_tokens * tok.bits_per_token // 8)
-        return [
-            Reconstruction(
-                pixels=np.array(unfit_square(square, place)),
-                nbytes=nbytes,
-                bits=float(bits),
-                encode_seconds=(encoded - start) / len(images),
-                decode_seconds=(done - encoded) / len(images),
-                ids=tokens.ids[i].cpu() if discrete else None,
-            )
-            for i, (square, (_, place)) in enumerate(zip(squares, fitted, strict=True))
-        ]
-
-    def release(self) -> None:
-        self.source.release()
-
-    def describe(self) -> dict[str, Any]:
-        tok = self.source.get()
-        n = self.n_tokens or tok.max_tokens
-        table = self.source.table
-        return super().describe() | {
-            "tokenizer": tok.name,
-            "source": self.source.target,
-            "tokens": n,
-            "max_tokens": tok.max_tokens,
-            "nested": tok.nested,
-            "codebook_sizes": list(tok.codebook_sizes),
-            "bits_per_token": tok.bits_per_token,
-            "image_size": tok.image_size,
-            "parameters": sum(p.numel() for p in tok.parameters()),
-            "encode_passes": 1,
-            "decode_passes": 1 if tok.decoder.one_pass else _flow_passes({**tok.decoder.defaults, **self.sampling}),
-            "sampling": {} if tok.decoder.one_pass else {**tok.decoder.defaults, **self.sampling},
-            "device": str(tok.device),
-            "dtype": str(tok.dtype).removeprefix("torch."),
-            "licence": table.get("licence"),
-            "commercial": table.get("commercial"),
-            "paper": table.get("paper"),
-        }
 
 
 class CodecMethod(Method):
@@ -279,18 +161,3 @@ def _qualities(spec: str, text: str) -> list[tuple[str, int, int | None]]:
         side = int(match[1]) if match[1] else side
         found.append((f"{side}:q{int(match[2])}" if side else f"q{int(match[2])}", int(match[2]), side))
     return found
-
-
-def _flow_passes(options: Mapping[str, Any]) -> int:
-    """Evaluations of the network for one picture; Heun's last step is Euler's."""
-    per_step = 2 if options["guidance"] != 1 else 1
-    return per_step * (2 * options["steps"] - 1 if options["solver"] == "heun" else options["steps"])
-
-
-def _clock(tok: Tokenizer) -> float:
-    """Seconds, when the device has done all that it was told."""
-    import torch
-
-    if tok.device.type in ("cuda", "mps"):
-        getattr(torch, tok.device.type).synchronize()
-    return time.perf_counter()

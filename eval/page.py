@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers_vis.eval.gallery import Pictures, gallery, pair
+from tokenizers_vis.eval.html_table import cell, head_cell, sortable, span
 from tokenizers_vis.eval.plots import Point, rate_plot, scale_plot
 from tokenizers_vis.eval.rate import curve_name
-from tokenizers_vis.eval.tables import NOTHING, stamps_said, written
+from tokenizers_vis.eval.tables import NOTHING, marked, stamps_said, written
+from tokenizers_vis.eval.token_page import token_section, token_table
 
 _FRAME = Path(__file__).parent / "report_page.html"
 _SHOWN = 4  # plots of metrics against rate
@@ -62,6 +64,7 @@ def _suite(suite: Mapping[str, Any], out: Path, pictures: Pictures) -> str:
     parts += [f'<p class="soft"><b>note</b> {escape(note)}</p>' for note in _notes(suite)]
     parts.append(_plots(suite))
     parts.append(_differences(suite))
+    parts.append(token_table(suite, {row["label"]: _method_id(row["label"]) for row in suite["rows"]}))
     parts.append(gallery(suite, out, pictures))
     parts += [
         f'<p class="soft">Published, in italics: <b>{escape(table["title"])}</b>. {escape(table["protocol"])}. '
@@ -75,8 +78,9 @@ def _table(suite: Mapping[str, Any]) -> str:
     """Measured rows and columns, and in italics what others published: their columns follow those like them."""
     theirs = [(table, k) for table in suite["published"] for k in range(len(table["columns"]))]
     photos = suite["kind"] == "photos"
-    before = [one for one in suite["columns"] if one["key"] == "bytes" or _alike(one, photos)]
-    after = [column for column in suite["columns"] if column not in before]
+    columns = [column for column in suite["columns"] if column["group"] != "tokens"]
+    before = [one for one in columns if one["key"] == "bytes" or _alike(one, photos)]
+    after = [column for column in columns if column not in before]
     foreign = "".join(
         f'<th scope="col" class="published" title="{escape(table["title"])}"><button type="button">'
         f"{escape(table['columns'][k])}, published</button></th>"
@@ -89,7 +93,7 @@ def _table(suite: Mapping[str, Any]) -> str:
         name = f'<td data-v="{label}"><a href="#{_method_id(row["label"])}">{label}</a></td>'
         own = {id(table): one for table, _ in theirs for one in table["rows"] if one["label"] == row["label"]}
         values = [own[id(table)]["values"][k] if id(table) in own else None for table, k in theirs]
-        left, right = ("".join(_cell(row["cells"].get(one["key"]), one) for one in some) for some in (before, after))
+        left, right = ("".join(cell(row["cells"].get(one["key"]), one) for one in some) for some in (before, after))
         body.append(f"<tr>{name}{left}{''.join(map(_published, values))}{right}</tr>")
     for table in suite["published"]:
         for one in table["rows"]:
@@ -100,34 +104,12 @@ def _table(suite: Mapping[str, Any]) -> str:
                     f'<tr class="published"><td data-v="{name}">{name}</td>{left}{"".join(map(_published, values))}'
                     f"{right}</tr>"
                 )
-    heads = f"{method}{''.join(map(_head_cell, before))}{foreign}{''.join(map(_head_cell, after))}"
-    return (
-        f'<div class="scroll tall" tabindex="0"><table class="sortable"><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
+    return sortable([method, *map(head_cell, before), foreign, *map(head_cell, after)], body)
 
 
 def _alike(column: Mapping[str, Any], photos: bool) -> bool:
     """Whether a column is of the kind that others publish: of text and faces the mean of bins, without pixels."""
     return column["group"] == "quality" and (photos or ("[" in column["title"] and column["title"].endswith("]")))
-
-
-def _head_cell(column: Mapping[str, Any]) -> str:
-    better = f' data-better="{column["better"]}"' if column["better"] else ""
-    said = escape(f"{column['what']}{', ' + column['better'] + ' is better' if column['better'] else ''}")
-    return f'<th scope="col"{better} title="{said}"><button type="button">{escape(column["title"])}</button></th>'
-
-
-def _cell(cell: Mapping[str, Any] | None, column: Mapping[str, Any]) -> str:
-    if cell is None or cell.get("value") is None:
-        return f"<td>{NOTHING}</td>"
-    value = cell["value"]
-    shown = escape(written(value, column["digits"]))
-    if cell.get("low") is not None and cell["low"] < cell["high"]:
-        low, high = (written(cell[end], column["digits"]) for end in ("low", "high"))
-        shown += f'<span class="span">{low} to {high}</span>'
-    note = f' title="{escape(cell["note"])}"' if cell.get("note") else ""
-    return f'<td data-v="{escape("Infinity" if value == "inf" else str(value))}"{note}>{shown}</td>'
 
 
 def _published(value: float | None) -> str:
@@ -155,13 +137,13 @@ def _plots(suite: Mapping[str, Any]) -> str:
         series: dict[str, list[Point]] = {}
         levels: dict[str, float] = {}
         for row in suite["rows"]:
-            cell, size = row["cells"].get(column["key"]), row["cells"].get("bytes")
-            if cell is None or not isinstance(cell["value"], (int, float)):
+            found, size = row["cells"].get(column["key"]), row["cells"].get("bytes")
+            if found is None or not isinstance(found["value"], (int, float)):
                 continue
             if size is None:
-                levels[row["label"]] = cell["value"]
+                levels[row["label"]] = found["value"]
             else:
-                point = Point(size["value"], cell["value"], row["label"], cell.get("low"), cell.get("high"))
+                point = Point(size["value"], found["value"], row["label"], found.get("low"), found.get("high"))
                 series.setdefault(curve_name(row["label"]), []).append(point)
         title = f"{column['title']} ({column['better']} is better)"
         if svg := rate_plot(series, levels, colours, x_title="bytes a picture", y_title=column["title"]):
@@ -234,13 +216,16 @@ def _method(method: Mapping[str, Any], suites: Sequence[Mapping[str, Any]], out:
     parts = [f"<dl>{facts}</dl>"]
     for suite in suites:
         row = next(one for one in suite["rows"] if one["label"] == label)
-        cells = [(column, row["cells"][column["key"]]) for column in suite["columns"] if column["key"] in row["cells"]]
+        columns = [
+            column for column in suite["columns"] if column["group"] != "tokens" and column["key"] in row["cells"]
+        ]
+        cells = [(column, row["cells"][column["key"]]) for column in columns]
         numbers = "".join(
-            f"<dt>{escape(column['title'])}</dt>"
-            f"<dd>{escape(written(cell.get('value'), column['digits']))}{_span(cell, column)}</dd>"
-            for column, cell in cells
+            f"<dt>{escape(column['title'])}</dt><dd>{escape(marked(found, column['digits']))}{span(found, column)}</dd>"
+            for column, found in cells
         )
         parts.append(f"<h3>{escape(suite['name'])}</h3><dl>{numbers}</dl>")
+        parts.append(token_section(suite, label, out, pictures))
         if suite["kind"] == "photos" and len(row["examples"]) >= 2:
             half = min(2, len(row["examples"]) // 2)
             for said, some in (("Worst", row["examples"][:half]), ("Best", row["examples"][-half:])):
@@ -251,13 +236,6 @@ def _method(method: Mapping[str, Any], suites: Sequence[Mapping[str, Any]], out:
         f'<details id="{_method_id(label)}"><summary>{escape(label)}<small>{kind}</small></summary>'
         f"<div>{''.join(parts)}</div></details>"
     )
-
-
-def _span(cell: Mapping[str, Any], column: Mapping[str, Any]) -> str:
-    if cell.get("low") is None or cell["low"] == cell["high"]:
-        return ""
-    low, high = (written(cell[end], column["digits"]) for end in ("low", "high"))
-    return f' <span class="soft">({low} to {high})</span>'
 
 
 def _plain(value: Any) -> str:

@@ -1,15 +1,17 @@
 """Perceptual distances: how far two pictures are apart in the features of a frozen net. A metric and a training loss.
 
 ``perceptual("mobilenetv2_100", weights)`` compares the plain features of any timm net. ``perceptual("lpips-vgg")`` is
-the learned distance LPIPS (https://arxiv.org/abs/1801.03924). The two are different quantities: a distance is always
-called by its ``name``, and only the second kind is LPIPS.
+the learned distance LPIPS (https://arxiv.org/abs/1801.03924), "dists" and "dreamsim" are in files of their own. These
+are different quantities: a distance is always called by its ``name``, and only that of published weights is LPIPS.
 """
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,12 +20,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizers_vis.config import did_you_mean
-
-# Position of the ReLUs that LPIPS looks at within torchvision's ``features``, and the ImageNet statistics as LPIPS
-# writes them: shift and scale of pictures in [-1, 1], here for [0, 1].
-_LPIPS_LAYERS = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}
-_LPIPS_MEAN = tuple((1 + shift) / 2 for shift in (-0.030, -0.088, -0.188))
-_LPIPS_STD = tuple(scale / 2 for scale in (0.458, 0.448, 0.450))
 
 
 class Perceptual(nn.Module, ABC):
@@ -36,6 +32,7 @@ class Perceptual(nn.Module, ABC):
 
     mean: Tensor
     std: Tensor
+    least = 1  # pixels of the shorter side, below which the net's poolings leave nothing
 
     def __init__(self, *, mean: Sequence[float], std: Sequence[float], size: int) -> None:
         super().__init__()
@@ -57,8 +54,13 @@ class Perceptual(nn.Module, ABC):
         """x: b 3 h w, normalised -> the feature maps, each b c h w."""
 
     @abstractmethod
-    def compare(self, differences: list[Tensor]) -> Tensor:
-        """Squared differences of unit-normalised features, each b c h w, float32 -> b."""
+    def compare(self, fx: list[Tensor], fy: list[Tensor]) -> Tensor:
+        """The feature maps of both, each b c h w, float32 -> b."""
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all that decides the distance but code: names and values of parameters and buffers."""
+        return tensors_sha256({**dict(self.named_parameters()), **dict(self.named_buffers())})
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x, y: b 3 h w in [0, 1] -> b, float32, 0 for equal pictures. Raises ``ValueError`` for other shapes."""
@@ -66,10 +68,16 @@ class Perceptual(nn.Module, ABC):
             raise ValueError(
                 f"{self.name} compares two batches b 3 h w of one size, got {tuple(x.shape)} and {tuple(y.shape)}"
             )
+        if not self.size and min(x.shape[-2:]) < self.least:
+            raise ValueError(f"{self.name} takes pictures of {self.least} pixels and more, got {tuple(x.shape[-2:])}")
         # Two passes, not one over both: the net is frozen, so the pass over the original keeps nothing for backward.
-        pairs = zip(self.features(self._prepare(x)), self.features(self._prepare(y)), strict=True)
+        fx, fy = self.maps(x), self.maps(y)
         with torch.autocast(x.device.type, enabled=False):
-            return self.compare([(unit(fx.float()) - unit(fy.float())).square() for fx, fy in pairs])
+            return self.compare([f.float() for f in fx], [f.float() for f in fy])
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """x: b 3 h w in [0, 1] -> the feature maps, each b c h w."""
+        return self.features(self._prepare(x))
 
     def train(self, mode: bool = True) -> Perceptual:
         """Stays in eval mode: the BatchNorms of a frozen net must not move."""
@@ -132,57 +140,31 @@ class FeatureDistance(Perceptual):
         maps = self.net(x)
         return [rearrange(m, "b h w c -> b c h w") for m in maps] if self.channels_inside else list(maps)
 
-    def compare(self, differences: list[Tensor]) -> Tensor:
-        return torch.stack([d.sum(dim=1).mean(dim=(1, 2)) for d in differences]).mean(dim=0)
-
-
-class LPIPS(Perceptual):
-    """LPIPS 0.1, https://arxiv.org/abs/1801.03924: differences weighted per channel by heads fitted to human judgement.
-
-    net: "vgg" (the usual training loss) or "alex" (the usual metric).
-    weights: torchvision's ImageNet weights of VGG16 or AlexNet as a local ``.pth`` or ``.safetensors`` file; "" is
-        torch's own cache, or a download. The heads come with torchmetrics.
-
-    Raises ``ValueError`` for another net, and for weights that cannot be had or are of another net.
-    """
-
-    def __init__(self, *, net: str = "vgg", weights: str = "", size: int = 0) -> None:
-        if net not in _LPIPS_LAYERS:
-            raise ValueError(f"LPIPS has the nets {', '.join(_LPIPS_LAYERS)}; got {net!r}")
-        super().__init__(mean=_LPIPS_MEAN, std=_LPIPS_STD, size=size)
-        self.backbone = net
-        self.net = _torchvision_features(net, weights)
-        for i, head in enumerate(_lpips_heads(net)):
-            self.register_buffer(f"head{i}", head, persistent=False)
-        self._freeze()
-
-    @property
-    def name(self) -> str:
-        return f"lpips-{self.backbone}"
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for i, layer in enumerate(self.net):
-            x = layer(x)
-            if i in _LPIPS_LAYERS[self.backbone]:
-                maps.append(x)
-        return maps
-
-    def compare(self, differences: list[Tensor]) -> Tensor:
-        weighted = [(d * self.get_buffer(f"head{i}")).sum(dim=1).mean(dim=(1, 2)) for i, d in enumerate(differences)]
-        return torch.stack(weighted).sum(dim=0)
+    def compare(self, fx: list[Tensor], fy: list[Tensor]) -> Tensor:
+        return torch.stack([d.sum(dim=1).mean(dim=(1, 2)) for d in unit_differences(fx, fy)]).mean(dim=0)
 
 
 def perceptual(net: str, weights: str = "") -> Perceptual:
-    """The distance by its name: "lpips-vgg", "lpips-alex", or any timm model with stages, such as "mobilenetv2_100".
+    """The distance by its name: "lpips-vgg", "lpips-alex", "dists", "dreamsim", or any timm model with stages.
 
-    weights: a local file, or "" for the cache or the network. A classifier of 1001 classes in it (class 0 is
-    background) tells a net that comes from TensorFlow: its pictures are in [-1, 1], its convolutions pad as there.
+    weights: a local file, or "" for the cache or the network; of dreamsim a folder. A classifier of 1001 classes in it
+    (class 0 is background) tells a net that comes from TensorFlow: its pictures are in [-1, 1], its convolutions pad as
+    there.
 
-    Raises ``ValueError`` as ``LPIPS`` and ``FeatureDistance`` do.
+    Raises ``ValueError`` as ``LPIPS``, ``DISTS``, ``DreamSim`` and ``FeatureDistance`` do.
     """
     if net.startswith("lpips-"):
+        from tokenizers_vis.eval.lpips import LPIPS
+
         return LPIPS(net=net.removeprefix("lpips-"), weights=weights)
+    if net == "dists":
+        from tokenizers_vis.eval.dists import DISTS
+
+        return DISTS(weights=weights)
+    if net.partition("-")[0] == "dreamsim":
+        from tokenizers_vis.eval.dreamsim import DreamSim
+
+        return DreamSim(kind=net.partition("-")[2] or "ensemble", weights=weights)
     if not weights:
         return FeatureDistance(model=net)
     state, metadata = read_weights(weights)
@@ -198,6 +180,20 @@ def unit(f: Tensor) -> Tensor:
     """b c h w with the channels at each position scaled to length 1."""
     # The epsilon is inside the root: outside of it, the gradient at an all-zero position is not a number.
     return f * torch.rsqrt(f.square().sum(dim=1, keepdim=True) + 1e-10)
+
+
+def unit_differences(fx: Sequence[Tensor], fy: Sequence[Tensor]) -> list[Tensor]:
+    """Squared differences of unit-normalised features, each b c h w."""
+    return [(unit(x) - unit(y)).square() for x, y in zip(fx, fy, strict=True)]
+
+
+def tensors_sha256(state: Mapping[str, Tensor]) -> str:
+    """Of names and values as float32, so that the same net has one hash from whichever file it came."""
+    digest = hashlib.sha256()
+    for key in sorted(key for key in state if not key.endswith("num_batches_tracked")):
+        digest.update(f"{key} {tuple(state[key].shape)}".encode())
+        digest.update(state[key].detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -296,42 +292,3 @@ def _matching(net: nn.Module, model: str, weights: str, options: dict) -> dict[s
             problem = f"holds {len(foreign)} tensors that are not of it: {', '.join(foreign[:5])}"
         raise ValueError(f"{weights} is not a file of {model}: it {problem}; give the weights of this very model")
     return found
-
-
-def _torchvision_features(net: str, weights: str) -> nn.Sequential:
-    """torchvision's convolutions as far as LPIPS looks, weights loaded."""
-    import torchvision
-
-    build, entry = {
-        "vgg": (torchvision.models.vgg16, torchvision.models.VGG16_Weights.IMAGENET1K_V1),
-        "alex": (torchvision.models.alexnet, torchvision.models.AlexNet_Weights.IMAGENET1K_V1),
-    }[net]
-    if weights:
-        state, _ = read_weights(weights)
-    else:
-        try:
-            state = entry.get_state_dict(progress=False, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            file = f"{torch.hub.get_dir()}/checkpoints/{entry.url.rpartition('/')[2]}"
-            raise ValueError(
-                f"LPIPS needs {file}, which cannot be had from {entry.url} ({type(error).__name__}); go online once, "
-                "put the file there, or give its path as weights"
-            ) from error
-    # On meta: the classifier, most of the parameters, is never allocated.
-    with torch.device("meta"):
-        features = build(weights=None).features[: _LPIPS_LAYERS[net][-1] + 1]
-    wanted = {f"features.{key}": key for key in features.state_dict()}
-    found = {key: state[name] for name, key in wanted.items() if name in state}
-    try:
-        features.load_state_dict(found, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"{weights or entry.url} is not torchvision's {build.__name__}: {error}") from error
-    return features
-
-
-def _lpips_heads(net: str) -> list[Tensor]:
-    """The weight of each channel, c 1 1 per layer, from the files that torchmetrics carries."""
-    import torchmetrics
-
-    state, _ = read_weights(Path(torchmetrics.__file__).parent / "functional" / "image" / "lpips_models" / f"{net}.pth")
-    return [rearrange(state[f"lin{i}.model.1.weight"], "1 c 1 1 -> c 1 1") for i in range(len(_LPIPS_LAYERS[net]))]

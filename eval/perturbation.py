@@ -56,6 +56,8 @@ class Grid:
     def __post_init__(self) -> None:
         if not (self.rates and self.shares and self.strengths):
             raise ValueError(f"a grid has a rate, a share and a strength or more of each, got {self}")
+        if min(*self.rates, *self.shares) < 0 or max(*self.rates, *self.shares) > 1 or min(self.strengths) < 1:
+            raise ValueError(f"rates and shares are from 0 to 1, strengths are 1 or more; got {self}")
 
     def __iter__(self) -> Iterator[Setting]:
         return itertools.starmap(Setting, itertools.product(self.rates, self.shares, self.strengths))
@@ -89,7 +91,7 @@ def perturbed_score(
     Raises ``ValueError`` as ``perturbed_tokens`` does, before anything is measured.
     """
     grid = Grid() if grid is None else grid
-    names = tuple(near.name for near in _neighbourhoods(tok.quantizer))
+    names = neighbourhoods(tok)
     for setting in grid:
         _check(tok, tokens, *setting, seed)
     values = tuple(
@@ -97,6 +99,11 @@ def perturbed_score(
     )
     mean = math.fsum(value for _, value in values) / len(values)
     return PerturbedScore(mean, values, grid, seed, names, len(tokens))
+
+
+def neighbourhoods(tok: Tokenizer) -> tuple[str, ...]:
+    """What "nearest" means in each codebook. Raises ``ValueError`` for a codebook that is too large to be searched."""
+    return tuple(near.name for near in _neighbourhoods(tok.quantizer))
 
 
 def perturbed_tokens(
@@ -133,7 +140,7 @@ def perturbed_tokens(
     chosen = np.zeros(ids.shape, dtype=bool)
     draws = np.zeros((*ids.shape, 2))
     for row, index in enumerate(indices):
-        if _is_perturbed(index, share, seed):
+        if is_perturbed(index, share, seed):
             # Three numbers for each id, token by token: those of a prefix are the same.
             numbers = np.random.default_rng([seed, index]).random((*ids.shape[1:], 3))
             chosen[row] = (numbers[..., 0] < rate) & (ids[row] >= 0)
@@ -145,8 +152,11 @@ def perturbed_tokens(
     return replace(tokens, ids=torch.from_numpy(ids).to(tokens.ids.device))
 
 
-def _is_perturbed(index: int, share: float, seed: int) -> bool:
-    """By multiples of the golden ratio, which are spread evenly over [0, 1), wherever one begins and stops."""
+def is_perturbed(index: int, share: float, seed: int = 0) -> bool:
+    """Whether the image of this number is among the perturbed ones.
+
+    By multiples of the golden ratio, which are spread evenly over [0, 1), wherever one begins and stops.
+    """
     start = np.random.default_rng([seed]).random()
     return (start + index * _GOLDEN) % 1 < share
 

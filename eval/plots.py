@@ -89,6 +89,29 @@ def scale_plot(
     return _svg(parts, f"{y_title} by scale")
 
 
+def curve_plot(
+    series: Mapping[str, Sequence[Point]], *, x_title: str, y_title: str, log_x: bool = False, log_y: bool = False
+) -> str:
+    """Lines without dots, of many points each; "" with fewer than two. Logarithmic axes take numbers above 0."""
+    lines = {name: sorted(points) for name, points in series.items() if len(points) > 1}
+    if not lines:
+        return ""
+    x_of, y_of = (math.log10 if log else float for log in (log_x, log_y))
+    points = [point for some in lines.values() for point in some]
+    x_axis = _Axis(min(x_of(p.x) for p in points), max(x_of(p.x) for p in points), _LEFT, WIDTH - _RIGHT)
+    y_axis = _Axis(min(y_of(p.y) for p in points), max(y_of(p.y) for p in points), HEIGHT - _BOTTOM, _TOP)
+    parts = [_grid(y_axis, x_title, y_title, log_y)]
+    parts += [_tick(x_axis.at(at), _label(at, log_x)) for at in x_axis.ticks(log_x)]
+    placed = _Labels()
+    for number, (name, some) in enumerate(lines.items()):
+        path = " ".join(f"{x_axis.at(x_of(p.x))},{y_axis.at(y_of(p.y))}" for p in some)
+        parts.append(f'<g class="{_colour(number)}"><polyline points="{path}"/></g>')
+        end = some[-1]
+        parts.append(placed.add(name, x_axis.at(x_of(end.x)) + 8, y_axis.at(y_of(end.y)), _colour(number)))
+    # Without names there is nothing to the right of the lines.
+    return _svg(parts, f"{y_title} by {x_title}", WIDTH if any(lines) else WIDTH - _RIGHT + _TOP)
+
+
 class _Axis:
     """Numbers from start to stop, with a margin, onto pixels."""
 
@@ -100,8 +123,11 @@ class _Axis:
         share = (value - self.start) / (self.stop - self.start)
         return round(self._first + share * (self._last - self._first), 1)
 
-    def ticks(self) -> list[float]:
-        """Four or five round numbers."""
+    def ticks(self, log: bool = False) -> list[float]:
+        """Four or five round numbers; of logarithms whole ones, where there are two or more."""
+        whole = list(range(math.ceil(self.start), math.floor(self.stop) + 1))
+        if log and len(whole) > 1:
+            return [float(at) for at in whole]
         step = 10.0 ** math.floor(math.log10((self.stop - self.start) / 4))
         step = next(step * m for m in (1, 2, 2.5, 5, 10) if (self.stop - self.start) / (step * m) <= 5)
         first = math.ceil(self.start / step)
@@ -138,13 +164,17 @@ def _colour(number: int) -> str:
     return f"s{number % _SERIES}"
 
 
-def _grid(y_axis: _Axis, x_title: str, y_title: str) -> str:
+def _label(at: float, log: bool) -> str:
+    return f"{at:g}" if not log else f"{10**at:,.0f}" if at >= 0 and at == round(at) else f"{10**at:.3g}"
+
+
+def _grid(y_axis: _Axis, x_title: str, y_title: str, log: bool = False) -> str:
     right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
     parts = []
-    for value in y_axis.ticks():
+    for value in y_axis.ticks(log):
         y = y_axis.at(value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{value:g}</text>')
+        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 4}" text-anchor="end">{_label(value, log)}</text>')
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
     parts.append(
         f'<text class="title" x="{(_LEFT + right) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>'
@@ -163,8 +193,8 @@ def _tick(x: float, text: str) -> str:
     )
 
 
-def _svg(parts: Sequence[str], title: str) -> str:
+def _svg(parts: Sequence[str], title: str, width: int = WIDTH) -> str:
     return (
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f'<svg class="plot" viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         f"{''.join(parts)}</svg>"
     )

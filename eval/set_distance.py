@@ -129,7 +129,7 @@ class SetDistance:
         about = "" if kept == self.n else f"of {kept} pictures out of {self.n}, chosen by their names"
         found: dict[str, Measured] = {}
 
-        fd = frechet_distance(x, y) if kept == self.n else frechet(*_flat(self.moments()))
+        fd = self.frechet()
         low, high = None, None
         if samples:
             low, high = bootstrap(
@@ -157,6 +157,13 @@ class SetDistance:
             said = f"mean of {_SPLITS} parts, standard deviation {deviation:.3g}"
             found["inception_score"] = Measured(mean, None, None, kept, said)
         return found
+
+    def frechet(self) -> float:
+        """The Fréchet distance of all pictures, by their features where all are kept, else by their moments."""
+        if self.n == len(self._keys):
+            x, y = torch.from_numpy(self._features[np.argsort(self._keys)]).double().unbind(dim=1)
+            return frechet_distance(x, y)
+        return frechet(*_flat(self.moments()))
 
     def _keep(self, keys: np.ndarray, features: np.ndarray) -> None:
         keys = np.concatenate([self._keys, keys])

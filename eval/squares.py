@@ -32,14 +32,19 @@ def fit_square(picture: np.ndarray, size: int) -> tuple[np.ndarray, Placement]:
     check_picture(picture, "the picture to fit into a square")
     if size < 1:
         raise ValueError(f"the side of the square is at least 1 pixel, got {size}")
-    height, width = picture.shape[:2]
-    longer = max(height, width)
-    # Ceiling division in integers: in floats, 500 * (256 / 500) may come to 256.00000000000006, and the picture to 257.
-    w, h = -(-width * size // longer), -(-height * size // longer)
-    place = Placement((size - w) // 2, (size - h) // 2, w, h, (width, height))
+    place = placement(picture.shape[1], picture.shape[0], size)
+    w, h = place.width, place.height
     square = np.zeros((size, size, 3), np.uint8)
     square[place.top : place.top + h, place.left : place.left + w] = _lanczos(picture, w, h)
     return square, place
+
+
+def placement(width: int, height: int, size: int) -> Placement:
+    """Where a picture of these sides lies in a square of side ``size``."""
+    longer = max(height, width)
+    # Ceiling division in integers: in floats, 500 * (256 / 500) may come to 256.00000000000006, and the picture to 257.
+    w, h = -(-width * size // longer), -(-height * size // longer)
+    return Placement((size - w) // 2, (size - h) // 2, w, h, (width, height))
 
 
 def unfit_square(square: np.ndarray, place: Placement) -> np.ndarray:

@@ -86,6 +86,7 @@ class CodebookStatistics:
     size: K. images, tokens: how many were counted. types: codes that occurred; dead: the others. used: types / K.
     entropy, corrected: H1, bits per id, plug-in and after Miller and Madow. perplexity: 2^H1, from 1 to K.
     effective_bits: the corrected entropy, at most log2 K: what an id holds of the ``fixed_bits`` it takes.
+    ranks: pairs of a rank, from 1 for the most frequent code, and how often its code came; some of them.
     conditional, conditional_corrected: H2|1, bits that an id adds to the one before it; None without pairs. Of pairs
         that are not ``enough`` it is far too low: almost every pair is then new, and log2 N - H1 comes out.
     ngrams: of one id to four, as long as images are.
@@ -106,6 +107,7 @@ class CodebookStatistics:
     perplexity: float
     effective_bits: float
     fixed_bits: int
+    ranks: tuple[tuple[int, int], ...]
     conditional: float | None
     conditional_corrected: float | None
     ngrams: tuple[NGrams, ...]
@@ -133,10 +135,11 @@ class TokenStatistics:
     def table(self) -> str:
         """A Markdown table, a column for each codebook, and the warnings below it."""
         names = ["codebook"] if len(self.codebooks) == 1 else [f"codebook {j}" for j in range(len(self.codebooks))]
-        columns = [dict(_rows(book)) for book in self.codebooks]
+        columns = [dict(described(book)) for book in self.codebooks]
         labels = list(dict.fromkeys(label for column in columns for label in column))
         lines = [f"| {self.tokenizer} | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-        lines += [f"| {label} | {' | '.join(column.get(label, '') for column in columns)} |" for label in labels]
+        cells = [[label, *(column.get(label, "") for column in columns)] for label in labels]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
         for name, book in zip(names, self.codebooks, strict=True):
             lines += [f"\n{name}: {warning}" for warning in book.warnings]
         return "\n".join(lines)
@@ -208,6 +211,7 @@ def _codebook(ids: np.ndarray, real: np.ndarray, size: int) -> CodebookStatistic
         perplexity=2.0 ** ngrams[0].entropy,
         effective_bits=min(ngrams[0].corrected, math.log2(size)),
         fixed_bits=fixed,
+        ranks=_ranks(counts),
         conditional=conditional[0],
         conditional_corrected=conditional[1],
         ngrams=tuple(ngrams),
@@ -220,6 +224,17 @@ def _codebook(ids: np.ndarray, real: np.ndarray, size: int) -> CodebookStatistic
         positions=positions,
         warnings=tuple(warnings),
     )
+
+
+def _ranks(counts: np.ndarray) -> tuple[tuple[int, int], ...]:
+    falling = np.sort(counts)[::-1]
+    return tuple((rank, int(falling[rank - 1])) for rank in _spaced(len(falling)))
+
+
+def _spaced(last: int) -> list[int]:
+    """From 1 to last: all, or of many some, by equal factors."""
+    places = {round(m) for m in np.geomspace(1, last, _CURVE).tolist()} if last > _CURVE else range(1, last + 1)
+    return sorted(places)
 
 
 def _runs(codes: np.ndarray) -> Iterator[np.ndarray]:
@@ -254,8 +269,7 @@ def _innovation(codes: np.ndarray, real: np.ndarray) -> Innovation:
         missed = [math.exp(choices(n, m) - choices(total, m)) if n >= m else 0.0 for n in left]
         return float(np.sum(how_many * (1 - np.array(missed))))
 
-    places = {round(m) for m in np.geomspace(1, total, _CURVE).tolist()} if total > _CURVE else range(1, total + 1)
-    curve = tuple((m, expected(m)) for m in sorted(places))
+    curve = tuple((m, expected(m)) for m in _spaced(total))
     heaps = float(np.polyfit(*np.log(curve).T, 1)[0]) if len(curve) > 1 else None
     wanted = 0.9 * types * (1 - 1e-9)  # logarithms of factorials are as exact as that
     low, high = 1, total
@@ -304,8 +318,8 @@ def _few(count: int, size: int) -> str:
     return f"N = {count} ids are too few for K = {size} codes: entropies take N >= {ENOUGH} K = {ENOUGH * size}"
 
 
-def _rows(book: CodebookStatistics) -> Iterator[tuple[str, str]]:
-    """What the table shows: label and value, with a star where it is from too few ids."""
+def described(book: CodebookStatistics) -> Iterator[tuple[str, str]]:
+    """What a table shows: label and value, with a star where it is from too few ids."""
 
     def of(value: float | None, form: str = ".3f") -> str:
         return "" if value is None else format(value, form)
@@ -322,7 +336,7 @@ def _rows(book: CodebookStatistics) -> Iterator[tuple[str, str]]:
     yield "effective bits per id", f"{book.effective_bits:.3f} of {book.fixed_bits}"
     if len(book.ngrams) > 1:
         pair = f"{of(book.conditional)} ({of(book.conditional_corrected)})"
-        yield "conditional entropy H2\\|1 (Miller-Madow)", pair + star(book.ngrams[1].enough)
+        yield "conditional entropy H2|1 (Miller-Madow)", pair + star(book.ngrams[1].enough)
     for gram in book.ngrams[1:]:
         label = f"entropy of {gram.n}-grams (Miller-Madow), coverage"
         yield label, f"{gram.entropy:.3f} ({gram.corrected:.3f}), {gram.coverage:.1%}{star(gram.enough)}"

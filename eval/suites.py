@@ -108,6 +108,11 @@ class Photos(Suite):
             pixels = center_crop(pixels, self.size)
         return Item(i, self.source.names[at], np.array(pixels))
 
+    def labels(self) -> list[int | str | None]:
+        """The class of each picture, a number or a name; None where the source knows none."""
+        labels = self.source.labels(0, len(self.source))
+        return [labels[at] for at in self._chosen]
+
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "fingerprint": self.source.fingerprint, "size": self.size, "pictures": len(self)}
 

@@ -10,6 +10,7 @@ _ARROWS = {"higher": "↑", "lower": "↓", "": ""}
 _TEX_ARROWS = {"higher": r" $\uparrow$", "lower": r" $\downarrow$", "": ""}
 _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "∞": r"$\infty$", "–": "--"}
 _TEX |= {character: f"\\{character}" for character in "&%$#_{}"}
+FEW = "* from too few ids: fewer than 10 for each code, each pair that occurred, or each code at every position."
 _SAID_FIRST = ("bytes", "psnr", "ssim", "fid", "kid")
 _SAID_ELSEWHERE = ("precision", "recall", "density", "coverage", "fd_infinity", "fid_infinity")
 _TEX |= {"Σ": r"$\Sigma$", "é": r"\'e"}
@@ -25,17 +26,19 @@ def written(value: Any, digits: int) -> str:
     return shown.removeprefix("-") if not shown.strip("-0.") else shown  # no minus before what rounds to 0
 
 
+def marked(cell: Mapping[str, Any], digits: int) -> str:
+    """A cell's number, and its mark."""
+    return written(cell.get("value"), digits) + cell.get("mark", "")
+
+
 def markdown(results: Mapping[str, Any]) -> str:
     """All suites: a table, its stamps, and numbers that others published."""
     parts = []
     for suite in results["suites"]:
-        columns = suite["columns"]
-        heads = ["method", *(f"{column['title']} {_ARROWS[column['better']]}".strip() for column in columns)]
-        rule = ["---", *("---:" for _ in columns)]
-        rows = [[f"`{row['label']}`", *_cells(row, columns)] for row in suite["rows"]]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (heads, *rows)]
-        lines.insert(1, "| " + " | ".join(rule) + " |")
-        parts.append(f"## {suite['name']}, {suite['pictures']} pictures\n\n" + "\n".join(lines))
+        own, of_tokens = _split(suite["columns"])
+        parts.append(f"## {suite['name']}, {suite['pictures']} pictures\n\n" + _table(suite["rows"], own))
+        if of_tokens:
+            parts.append(f"Tokens:\n\n{_table(_studied(suite), of_tokens)}\n\n\\{FEW}")
         parts.append("\n".join(f"- {said}" for said in stamps_said(suite)))
         for table in suite["published"]:
             heads = ["published", *table["columns"]]
@@ -46,6 +49,26 @@ def markdown(results: Mapping[str, Any]) -> str:
             parts.append(f"{table['title']} ({source}; {table['protocol']}):\n\n" + "\n".join(lines))
     command = f"```bash\n{results['command']}\n```\n\n" if results.get("command") else ""
     return command + "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Mapping[str, Any]]) -> str:
+    """In Markdown."""
+    heads = ["method", *(f"{column['title']} {_ARROWS[column['better']]}".strip() for column in columns)]
+    cells = [[f"`{row['label']}`", *_cells(row, columns)] for row in rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in (heads, *cells)]
+    lines.insert(1, "| " + " | ".join(["---", *("---:" for _ in columns)]) + " |")
+    return "\n".join(lines)
+
+
+def _split(columns: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Those of reconstructions, and those of tokens."""
+    of_tokens = [column for column in columns if column["group"] == "tokens"]
+    return [column for column in columns if column["group"] != "tokens"], of_tokens
+
+
+def _studied(suite: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    labels = {one["label"] for one in suite["tokens"]}
+    return [row for row in suite["rows"] if row["label"] in labels]
 
 
 def summary(results: Mapping[str, Any]) -> str:
@@ -66,27 +89,35 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def latex(results: Mapping[str, Any]) -> str:
-    """A booktabs table for each suite, without the columns of costs that are words."""
+    """A booktabs table for each suite, without the columns of costs that are words; one more for its tokens."""
     parts = []
     for suite in results["suites"]:
-        columns = [column for column in suite["columns"] if column["key"] != "licence"]
-        heads = ["method", *(_tex(column["title"]) + _TEX_ARROWS[column["better"]] for column in columns)]
-        rows = [[r"\texttt{" + _tex(row["label"]) + "}", *map(_tex, _cells(row, columns))] for row in suite["rows"]]
-        body = " \\\\\n".join(" & ".join(row) for row in rows)
-        caption = _tex(f"{suite['name']}, {suite['pictures']} pictures. {' '.join(stamps_said(suite))}")
-        parts.append(
-            "\\begin{table}\n\\centering\n\\small\n\\caption{" + caption + "}\n"
-            "\\begin{tabular}{l" + "r" * len(columns) + "}\n\\toprule\n" + " & ".join(heads) + " \\\\\n\\midrule\n"
-            f"{body} \\\\\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
-        )
+        own, of_tokens = _split(suite["columns"])
+        columns = [column for column in own if column["key"] != "licence"]
+        caption = f"{suite['name']}, {suite['pictures']} pictures. {' '.join(stamps_said(suite))}"
+        parts.append(_tabular(suite["rows"], columns, caption))
+        if of_tokens:
+            caption = f"Tokens on {suite['name']}, {suite['pictures']} pictures. {FEW}"
+            parts.append(_tabular(_studied(suite), of_tokens, caption))
     return "% needs \\usepackage{booktabs}\n" + "\n".join(parts)
+
+
+def _tabular(rows: Sequence[Mapping[str, Any]], columns: Sequence[Mapping[str, Any]], caption: str) -> str:
+    heads = ["method", *(_tex(column["title"]) + _TEX_ARROWS[column["better"]] for column in columns)]
+    lines = [[r"\texttt{" + _tex(row["label"]) + "}", *map(_tex, _cells(row, columns))] for row in rows]
+    body = " \\\\\n".join(" & ".join(line) for line in lines)
+    return (
+        "\\begin{table}\n\\centering\n\\small\n\\caption{" + _tex(caption) + "}\n"
+        "\\begin{tabular}{l" + "r" * len(columns) + "}\n\\toprule\n" + " & ".join(heads) + " \\\\\n\\midrule\n"
+        f"{body} \\\\\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
+    )
 
 
 def stamps_said(suite: Mapping[str, Any]) -> list[str]:
     """How the columns were measured, a line for each way, with the columns that it is of."""
     ways: dict[str, list[str]] = {}
     for column in suite["columns"]:
-        if column["group"] != "cost":
+        if column["group"] not in ("cost", "tokens"):
             ways.setdefault(_stamp_said(column["stamp"]), []).append(column["title"])
     return [f"{', '.join(titles)}: {way}." for way, titles in ways.items()]
 
@@ -109,7 +140,7 @@ def _stamp_said(stamp: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [written(row["cells"].get(column["key"], {}).get("value"), column["digits"]) for column in columns]
+    return [marked(row["cells"].get(column["key"], {}), column["digits"]) for column in columns]
 
 
 def _tex(text: str) -> str:

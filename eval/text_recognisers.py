@@ -127,7 +127,7 @@ class PARSeq(TextRecogniser):
             raise ValueError(f"{self.name} needs docTR ({error}): pip install 'python-doctr[torch]'") from error
         from tokenizers_vis.eval.perceptual import read_weights
 
-        path = Path(weights) if weights is not None else _doctr_cache() / self.file
+        path = Path(weights).expanduser() if weights is not None else _doctr_cache() / self.file
         if not path.is_file():
             raise ValueError(f"there is no {path}; fetch {self.url} and put it there, or give its path as weights")
         self.sha256 = sha256_of(path)

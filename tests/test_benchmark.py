@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tokenizers_vis import presets
-from tokenizers_vis.cli import main
 from tokenizers_vis.eval.benchmark import ORIGINALS, Shard, Task, folder_of, missing, run
-from tokenizers_vis.eval.evaluate import evaluate
 from tokenizers_vis.eval.features import FeatureNet
 from tokenizers_vis.eval.journal import Array, Journal, Stored, read_rows
 from tokenizers_vis.eval.judges import BoxJudge, PictureJudge
@@ -37,7 +35,7 @@ from tokenizers_vis.eval.text_recognisers import TextRecogniser
 from tokenizers_vis.sources import open_source
 
 METHODS = ["mini@1,16", "jpeg@q5,q40", "resize@8", "identity"]
-TIMES = ("encode_ms", "decode_ms")
+TIMES = ("encode_ms", "decode_ms", "peak_mb")
 
 
 class Colours(FeatureNet):
@@ -222,16 +220,6 @@ def test_shards_find_what_one_process_finds(folder: Path, whole: tuple[dict[str,
     assert [row["label"] for row in suite["rows"]] == labels and len(json.loads(text)) == 9 * len(labels)
     for label in labels:
         assert same(cells(suite, label), cells(whole[0], label)), label
-
-
-def test_accelerate_and_torchrun_share_the_work(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    results = []
-    for rank in ("1", "0"):
-        monkeypatch.setenv("RANK", rank)
-        results.append(evaluate(["resize@8"], tmp_path, data=str(folder), size=32))
-    assert results[0].results is None and results[0].left == {"resize@8": 5}
-    assert results[1].results["suites"][0]["pictures"] == 9
 
 
 # What must be refused, or said
@@ -444,56 +432,6 @@ def test_only_the_pictures_that_are_shown_are_kept(folder: Path, tmp_path: Path)
     kept = {int(path.stem) for path in (folder_of(tmp_path, "photos@48", "jpeg@q5") / "examples").glob("*.png")}
     assert kept == {rows[0]["i"], rows[-1]["i"], 0, 4}
     assert kept <= {int(path.stem) for path in (folder_of(tmp_path, "photos@48", ORIGINALS) / "examples").glob("*")}
-
-
-# The command
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def ended(*words: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main([str(word) for word in words])
-        return (exit_.value.code or 0, *capsys.readouterr())
-
-    return ended
-
-
-def test_the_command_writes_a_report(
-    folder: Path, tmp_path: Path, command: Callable[..., tuple[int, str, str]]
-) -> None:
-    words = ("eval", "jpeg@q5,q40", "identity", "--data", folder, "--size", 48, "--out", tmp_path / "r")
-    code, out, err = command(*words, "--shard", "0/2")
-    assert (code, out) == (0, f"this part is done; {3 * 4} reconstructions are left for other shards\n")
-    code, out, err = command(*words)
-    assert code == 0 and "no set distances" in err and f"wrote {tmp_path / 'r' / 'index.html'}" in out
-    assert out.splitlines()[1].startswith("jpeg@q5")
-    assert {"index.html", "results.json", "tables.md", "tables.tex", "images.jsonl"} <= {
-        path.name for path in (tmp_path / "r").iterdir()
-    }
-    code, out, _ = command("compare", tmp_path / "r", tmp_path / "r")
-    assert code == 0 and "+0.00" in out
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("eval", "jpeg@q5"), "nothing to judge on"),
-        (("eval", "jpg@q5", "--data", "."), "there is no method 'jpg@q5'. Did you mean"),
-        (("eval", "jpeg", "--data", "nowhere"), "there is nothing at 'nowhere'"),
-        (("eval", "jpeg", "--data", ".", "--net-weights", "w"), "--net-weights are files for the nets of --net"),
-        (("eval", "jpeg", "--data", ".", "--shard", "1"), "--shard is I/N"),
-        (("eval", "jpeg", "--text", "nowhere"), "no file or folder nowhere"),
-        (("compare", "a", "b"), "there is no report a"),
-        (("landmarks", "nowhere"), "there is no folder nowhere"),
-    ],
-)
-def test_the_command_says_what_is_wrong(
-    words: tuple[str, ...], said: str, command: Callable[..., tuple[int, str, str]]
-) -> None:
-    code, _, err = command(*words)
-    assert code == 1 and said in err and len(err.splitlines()) == 1
 
 
 def test_parquet_holds_what_the_lines_hold(folder: Path, tmp_path: Path) -> None:

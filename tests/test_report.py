@@ -21,7 +21,8 @@ from tokenizers_vis.config import read_toml
 from tokenizers_vis.eval import published as published_module
 from tokenizers_vis.eval.compare import compare
 from tokenizers_vis.eval.evaluate import evaluate
-from tokenizers_vis.eval.plots import Point, rate_plot, scale_plot
+from tokenizers_vis.eval.gallery import Pictures
+from tokenizers_vis.eval.plots import Point, curve_plot, rate_plot, scale_plot
 from tokenizers_vis.eval.protocol import StampError
 from tokenizers_vis.eval.published import published
 from tokenizers_vis.eval.report import write_report
@@ -137,6 +138,26 @@ def test_pictures_are_the_reconstructions_themselves(report: Path, html: str) ->
     assert len(files) > 20 and shown <= kept
 
 
+def test_large_pictures_lose_nothing_that_is_seen_and_equal_ones_are_held_once(
+    photos: list[Path], tmp_path: Path
+) -> None:
+    import base64
+    import io
+
+    pictures = Pictures()
+    for name in ("a.png", "b.png"):
+        Image.open(photos[0]).convert("RGB").save(tmp_path / name)
+    Image.open(photos[1]).convert("RGB").resize((64, 48)).save(tmp_path / "small.png")
+    keys = [pictures.add(tmp_path / name)[0] for name in ("a.png", "b.png", "small.png")]
+    assert keys[0] == keys[1] != keys[2] and set(pictures.held) == {keys[0], keys[2]}
+    for key, name, least in ((keys[0], "a.png", 38.0), (keys[2], "small.png", np.inf)):
+        shown = Image.open(io.BytesIO(base64.b64decode(pictures.held[key].split(",")[1]))).convert("RGB")
+        error = np.square(np.asarray(shown, float) - np.asarray(Image.open(tmp_path / name), float)).mean()
+        with np.errstate(divide="ignore"):
+            assert 10 * np.log10(255**2 / error) >= least
+    assert len(pictures.held[keys[0]]) < 0.5 * (tmp_path / "a.png").stat().st_size
+
+
 def test_plots_are_well_formed_and_hold_every_point(html: str, results: dict[str, Any]) -> None:
     plots = re.findall(r"<svg.*?</svg>", html, flags=re.S)
     assert len(plots) >= 2
@@ -159,6 +180,16 @@ def test_a_plot_rises_with_its_numbers() -> None:
     root = ElementTree.fromstring(scale_plot({"a": [None, 1.0], "b": [0.0, 0.5]}, spans, {"a": 0, "b": 1}, y_title="y"))
     assert len(root.findall(".//circle")) == 3
     assert scale_plot({"a": [None, None]}, spans, {"a": 0}, y_title="y") == ""
+
+
+def test_a_curve_of_powers_is_a_line_on_logarithmic_axes() -> None:
+    curve = [Point(10.0**k, 100.0**k, "") for k in range(-1, 3)]
+    drawn = curve_plot({"": curve}, x_title="x", y_title="y", log_x=True, log_y=True)
+    root = ElementTree.fromstring(drawn)
+    places = np.array([pair.split(",") for pair in next(root.iter("polyline")).get("points").split()], dtype=float)
+    slopes = np.diff(places[:, 1]) / np.diff(places[:, 0])
+    assert slopes == pytest.approx(slopes[0], rel=0.02) and ">100<" in drawn and ">10,000<" in drawn
+    assert curve_plot({"": curve[:1]}, x_title="x", y_title="y") == ""
 
 
 def test_bjontegaard_differences_stand_beside_reasons(results: dict[str, Any]) -> None:
@@ -209,7 +240,7 @@ def test_every_published_table_says_where_it_is_from() -> None:
         for name, values in table["rows"].items():
             assert len(values) == len(table["columns"]), name
             for column, value in zip(table["columns"], values, strict=True):
-                assert 0 <= value <= (100 if column in table["percent"] or column == "rFID" else 1), name
+                assert 0 <= value <= (100 if column in table["percent"] or column.endswith("FID") else 1), name
 
 
 def test_text_and_faces_take_their_own_columns() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -40,12 +41,33 @@ def evaluate(
     ] = None,
     net_weights: Weights = None,
     distance: Annotated[
-        list[str] | None, typer.Option(help="A perceptual distance: lpips-vgg, lpips-alex, any timm model.")
+        list[str] | None,
+        typer.Option(help="A perceptual distance: lpips-vgg, lpips-alex, dists, dreamsim, any timm model."),
     ] = None,
     distance_weights: Weights = None,
     recogniser: Annotated[str, typer.Option(help="Of words: pp-ocr, parseq, tesseract.")] = "pp-ocr",
+    recogniser_weights: Annotated[
+        Path | None, typer.Option(help="The file of parseq; where docTR keeps it when not given.")
+    ] = None,
     face_recogniser: Annotated[str, typer.Option(help="Of faces: dlib, antelopev2, facenet.")] = "dlib",
+    face_recogniser_weights: Annotated[
+        Path | None,
+        typer.Option(help="The file of antelopev2 or facenet; where their packages keep it when not given."),
+    ] = None,
     refine: Annotated[bool, typer.Option("--refine", help="Only words that are read rightly on the original.")] = False,
+    tokens: Annotated[
+        bool,
+        typer.Option(
+            "--tokens",
+            help="Also what ids of tokenizers say: statistics, a pFID (with --net), probes where --data has classes.",
+        ),
+    ] = False,
+    perturb: Annotated[
+        str,
+        typer.Option(
+            help="Of the pFID: rates/shares/strengths, of which every combination is measured; none for none."
+        ),
+    ] = "0.5,1/0.5,1/10,100",
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps of flow decoders.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale of flow decoders; 1 is none.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps ...; the best at hand when not given.")] = None,
@@ -72,8 +94,9 @@ def evaluate(
     sampling = {key: value for key, value in (("steps", steps), ("guidance", guidance)) if value is not None}
     nets = _with_weights("--net", net, net_weights)
     console = Console(stderr=True)
+    quiet = not console.is_terminal or os.environ.get("RANK", "0") != "0"  # of several processes one shows its progress
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet) as progress:
 
         def start(total: int) -> Callable[[str, int], None]:
             task = progress.add_task("reading", total=total)
@@ -93,8 +116,12 @@ def evaluate(
                 nets=nets,
                 distances=_with_weights("--distance", distance, distance_weights),
                 recogniser=recogniser,
+                recogniser_weights=recogniser_weights,
                 face_recogniser=face_recogniser,
+                face_recogniser_weights=face_recogniser_weights,
                 refine=refine,
+                tokens=tokens,
+                perturb=_grid(perturb) if tokens else None,
                 sampling=sampling,
                 device=device,
                 batch_size=batch_size,
@@ -107,18 +134,20 @@ def evaluate(
         except KeyboardInterrupt:
             typer.echo("stopped; what is done is kept, the same command goes on", err=True)
             raise typer.Exit(130) from None
-    if data and not nets:
-        typer.echo("no set distances: they need a net, such as --net inception or --net dinov2", err=True)
     if done.results is None:
         typer.echo(f"this part is done; {sum(done.left.values())} reconstructions are left for other shards")
         return
+    if data and not nets:
+        also = ", and so does a pFID" if tokens else ""
+        typer.echo(f"no set distances: they need a net, such as --net inception or --net dinov2{also}", err=True)
     from tokenizers_vis.eval.tables import summary
 
     typer.echo(summary(done.results))
     typer.echo(f"wrote {out / 'index.html'}")
-    if done.skipped:
-        for one in done.skipped:
-            typer.echo(f"left out of {one.suite}: {one.picture}: {one.reason}", err=True)
+    skipped = [(suite["name"], *one) for suite in done.results["suites"] for one in suite["skipped"].items()]
+    for suite, picture, reason in skipped:
+        typer.echo(f"left out of {suite}: {picture}: {reason}", err=True)
+    if skipped:
         raise typer.Exit(1)
 
 
@@ -157,6 +186,22 @@ def _with_weights(option: str, names: list[str] | None, weights: list[str] | Non
     if len(set(names)) < len(names):
         raise ValueError(f"{option} names a net twice: {', '.join(names)}")
     return dict(zip(names, weights + [""] * (len(names) - len(weights)), strict=True))
+
+
+def _grid(text: str) -> object:
+    """ "0.5,1/1/10,100" as rates, shares and strengths."""
+    from tokenizers_vis.eval.perturbation import Grid
+
+    if text == "none":
+        return None
+    try:
+        rates, shares, strengths = (part.split(",") for part in text.split("/"))
+        return Grid(tuple(map(float, rates)), tuple(map(float, shares)), tuple(map(int, strengths)))
+    except ValueError as error:
+        raise ValueError(
+            "--perturb is rates/shares/strengths, such as 0.5,1/0.5,1/10,100: shares of the ids and of the pictures, "
+            f"from 0 to 1, and numbers of nearest codes, from 1; got {text!r}"
+        ) from error
 
 
 def _shard(text: str) -> object:
