@@ -166,3 +166,13 @@ def test_standardize_passes_the_gradient_and_leaves_earlier_graphs_whole():
     sum(losses).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
     assert made.read_patches.weight.grad.abs().sum() > 0
+
+
+def test_titok_standardizes_every_token_too():
+    made = encoder("titok", standardize=True).train()
+    z = made(torch.randn(64, 3, 16, 16), 6)
+    torch.testing.assert_close(z.mean(dim=0), torch.zeros(6, 5), rtol=0, atol=1e-4)
+    torch.testing.assert_close(z.var(dim=0, unbiased=False), torch.ones(6, 5), rtol=0, atol=0.1)  # its eps is felt
+    x = torch.randn(4, 3, 16, 16)
+    alone = torch.cat([made.eval()(one[None], 6)[:, :3] for one in x])
+    torch.testing.assert_close(made(x, 3), alone, rtol=0, atol=1e-5)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tokenizers_vis.decoders.transformer import Transformer, grid_of, init_linear, learned, patchify
 from tokenizers_vis.encoders.base import Encoder, LengthPolicy
+from tokenizers_vis.encoders.flextok import Standard
 
 
 class TiTokEncoder(Encoder):
@@ -23,6 +24,7 @@ class TiTokEncoder(Encoder):
     The sequence is a class token, the patches, the latent queries; every one sees every other.
     scrambled: the numbers of the queries, K of width W, are read row by row as W rows of K, without a transpose, before
         each of the K columns becomes a code. The weights of TiTok's paper were trained so (``is_legacy``).
+    standardize: see ``FlexTokEncoder``; for a start without a teacher, which TiTok has in its first stage.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class TiTokEncoder(Encoder):
         mlp_ratio: float = 4.0,
         qk_norm: bool = False,
         scrambled: bool = False,
+        standardize: bool = False,
         lengths: LengthPolicy = LengthPolicy(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
@@ -59,6 +62,7 @@ class TiTokEncoder(Encoder):
         self.to_codes = nn.Linear(width, dim)
         self.read_patches.apply(init_linear)
         self.to_codes.apply(init_linear)
+        self.standard = Standard(max_tokens, dim) if standardize else nn.Identity()
 
     def forward(self, x: Tensor, n_tokens: int) -> Tensor:
         patches = self.read_patches(patchify(x, self.patch))
@@ -70,4 +74,4 @@ class TiTokEncoder(Encoder):
         if self.scrambled:
             z = rearrange(rearrange(z, "b k w -> b (k w)"), "b (w k) -> b k w", k=self.max_tokens)
         # All queries see each other, so the prefix is cut only now.
-        return self.to_codes(z)[:, :n_tokens]
+        return self.standard(self.to_codes(z))[:, :n_tokens]
