@@ -75,7 +75,7 @@ def loaded(kind: str, folder: Path, size: int, methods: Sequence[Method]) -> Tas
         suite, judge = Boxed(open_text(folder), size), BoxJudge(TextFidelity(text_recogniser()))
     else:
         suite, judge = Boxed(freeze(open_faces(folder)), size), BoxJudge(FaceFidelity(face_recogniser()))
-    item = suite.load(next(i for i, picture in enumerate(suite.pictures) if suite.load(i).boxes))
+    item = suite.load(next(i for i in range(len(suite)) if suite.boxes(i)))
     view, _ = suite.shown(item.pixels)
     for method in methods:
         method.prepare(suite.names)
@@ -93,7 +93,7 @@ class Timed(NamedTuple):
 
 def timed(methods: Sequence[Method], task: Task, out: Path) -> Timed:
     """The whole of a suite: every picture, every instance, the tables."""
-    boxes = sum(len(task.suite.load(i).boxes) for i in range(len(task.suite)))
+    boxes = sum(len(task.suite.boxes(i)) for i in range(len(task.suite)))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         bar = progress.add_task(task.suite.name, total=total(len(methods), [task], Shard()))

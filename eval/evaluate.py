@@ -103,7 +103,8 @@ def evaluate(
     photos = tasks[:1] if data is not None else []
     disturbed = photos if nets and perturb else []
     steps = total(len(found), tasks, shard)
-    tick = start(steps + sum(perturbed.ticks(len(of_tokens), task, shard, perturb) for task in disturbed))
+    steps += sum(perturbed.ticks(len(of_tokens), task, shard, perturb) for task in disturbed)
+    tick = start(steps + len(of_tokens) * len(photos) * tokens)
 
     def more(method: Method, task: Task) -> None:
         if task in disturbed and isinstance(method, TokenizerMethod):
@@ -124,7 +125,8 @@ def evaluate(
         tick("waiting for the other processes", 0)
         time.sleep(_WAIT)
     described = [_description(out, tasks[0].suite.name, label) for label in labels]
-    studies = {task.suite.name: _studies(of_tokens, task, out) for task in photos if tokens}
+    studies = {task.suite.name: _studies(of_tokens, task, out, tick) for task in photos if tokens}
+    tick("summing up", 0)
     grid = perturb if disturbed else None
     results = summarise(described, tasks, out, refined=refine, samples=samples, studies=studies, grid=grid)
     results |= {"command": command, "versions": _versions()}
@@ -133,7 +135,9 @@ def evaluate(
     return Evaluation(results, {}, skipped)
 
 
-def _studies(methods: Sequence[TokenizerMethod], task: Task, out: Path) -> dict[str, Any]:
+def _studies(
+    methods: Sequence[TokenizerMethod], task: Task, out: Path, tick: Callable[[str, int], None]
+) -> dict[str, Any]:
     """What the ids of each tokenizer of ids say, by its label."""
     from tokenizers_vis.eval.journal import read_rows
     from tokenizers_vis.eval.protocol import ContentHash
@@ -145,12 +149,15 @@ def _studies(methods: Sequence[TokenizerMethod], task: Task, out: Path) -> dict[
             dataset.merge(row["hash"])
             numbers.append(row["i"])
     study, found = TokenStudy(task.suite, numbers, dataset.hexdigest()), {}
-    for method in methods:
+    for number, method in enumerate(methods):
+        tick(f"{task.suite.name}: tokens of {method.label}", 0)
         description = _description(out, task.suite.name, method.label)
         if description["codebook_sizes"]:
             folder = folder_of(out, task.suite.name, method.label)
             found[method.label] = study.of(folder, description, method.source.get)
-        method.release()
+        if not any(method.source is other.source for other in methods[number + 1 :]):
+            method.release()
+        tick(f"{task.suite.name}: tokens of {method.label}", 1)
     return found
 
 

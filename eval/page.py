@@ -16,7 +16,7 @@ from tokenizers_vis.eval.gallery import Pictures, gallery, pair
 from tokenizers_vis.eval.html_table import cell, head_cell, sortable, span
 from tokenizers_vis.eval.plots import Point, rate_plot, scale_plot
 from tokenizers_vis.eval.rate import curve_name
-from tokenizers_vis.eval.tables import NOTHING, marked, stamps_said, written
+from tokenizers_vis.eval.tables import NOTHING, marked, notes, stamps_said, written
 from tokenizers_vis.eval.token_page import token_section, token_table
 
 _FRAME = Path(__file__).parent / "report_page.html"
@@ -61,7 +61,7 @@ def _suite(suite: Mapping[str, Any], out: Path, pictures: Pictures) -> str:
         parts.append(f'<p class="soft"><b>left out</b> {escape(name)}: {escape(reason)}</p>')
     parts.append(_table(suite))
     parts += [f'<p class="soft">{escape(said)}</p>' for said in stamps_said(suite)]
-    parts += [f'<p class="soft"><b>note</b> {escape(note)}</p>' for note in _notes(suite)]
+    parts += [f'<p class="soft"><b>note</b> {escape(note)}</p>' for note in notes(suite)]
     parts.append(_plots(suite))
     parts.append(_differences(suite))
     parts.append(token_table(suite, {row["label"]: _method_id(row["label"]) for row in suite["rows"]}))
@@ -114,16 +114,6 @@ def _alike(column: Mapping[str, Any], photos: bool) -> bool:
 
 def _published(value: float | None) -> str:
     return "<td></td>" if value is None else f'<td class="published" data-v="{value}">{value:g}</td>'
-
-
-def _notes(suite: Mapping[str, Any]) -> list[str]:
-    """What is said of a set distance for every method alike; the rest is in the tooltips of the numbers."""
-    found = []
-    for column in suite["columns"]:
-        said = [row["cells"][column["key"]].get("note") for row in suite["rows"] if column["key"] in row["cells"]]
-        if column["group"] == "sets" and said and said[0] and len(set(said)) == 1 and said[0] not in found:
-            found.append(said[0])
-    return found
 
 
 def _plots(suite: Mapping[str, Any]) -> str:

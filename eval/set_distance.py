@@ -28,6 +28,7 @@ from tokenizers_vis.eval.moments import Moments, Statistics, finite_rows
 _LINE = 50  # pictures that fd_infinity needs
 _NEIGHBOURS = 6  # and prdc: one more than the neighbours it looks at
 _SPLITS = 10  # of the Inception Score
+_FEWEST = 2  # pictures that have a covariance
 
 
 class SmallSampleWarning(UserWarning):
@@ -42,6 +43,15 @@ class Measured(NamedTuple):
     high: float | None
     n: int
     note: str
+
+
+def out_of_reach(n: int, net: FeatureNet) -> list[str]:
+    """What so few pictures do not have, a line each."""
+    kinds = {"set distances": _FEWEST}
+    if n >= _FEWEST:
+        kinds = {"precision, recall, density and coverage": _NEIGHBOURS, f"{net.metric('fd_infinity')}": _LINE}
+        kinds |= {"Inception Score": _SPLITS} if isinstance(net, InceptionFeatures) else {}
+    return [f"no {what}: {least} pictures are needed, and there are {n}" for what, least in kinds.items() if n < least]
 
 
 class SetDistance:
@@ -118,8 +128,8 @@ class SetDistance:
 
         Warns (``SmallSampleWarning``) when n is small against d. Raises ``ValueError`` for fewer than 2 pictures.
         """
-        if self.n < 2:
-            raise ValueError(f"a set distance needs 2 pictures or more, got {self.n}")
+        if self.n < _FEWEST:
+            raise ValueError(f"a set distance needs {_FEWEST} pictures or more, got {self.n}")
         order = np.argsort(self._keys)  # whatever is drawn at random is then drawn alike in every run
         x, y = torch.from_numpy(self._features[order]).double().unbind(dim=1)
         kept, name = len(x), self.net.metric

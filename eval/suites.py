@@ -137,10 +137,25 @@ class Boxed(Suite):
     def names(self) -> Sequence[str]:
         return [picture.file for picture in self.pictures.images]
 
+    def boxes(self, i: int) -> tuple[Any, ...]:
+        """The words or faces of a picture."""
+        picture = self.pictures.images[i]
+        return picture.words if isinstance(self.pictures, TextSet) else picture.faces
+
+    def remarks(self) -> list[str]:
+        """What became of annotated boxes that are not simply judged."""
+        found = []
+        if self.pictures.clipped:
+            every = sum(len(self.boxes(i)) for i in range(len(self)))
+            reach = "reaches over the edge of its" if self.pictures.clipped == 1 else "reach over the edge of their"
+            found.append(f"{self.pictures.clipped} of {every} boxes {reach} picture, where it is cut off")
+        if isinstance(self.pictures, TextSet) and self.pictures.ignored:
+            found.append(f"{self.pictures.ignored} annotated words are not judged: illegible, or of a single character")
+        return found
+
     def load(self, i: int) -> Item:
         picture = self.pictures.images[i]
-        boxes = picture.words if isinstance(self.pictures, TextSet) else picture.faces
-        return Item(i, picture.file, picture.pixels(), boxes)
+        return Item(i, picture.file, picture.pixels(), self.boxes(i))
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "fingerprint": self.pictures.fingerprint, "size": self.size, "pictures": len(self)}

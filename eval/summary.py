@@ -17,10 +17,12 @@ from tokenizers_vis.eval.cells import cost_cells, picture_cells, psnr_of, set_ce
 from tokenizers_vis.eval.columns import COST, QUALITY, TOKENS, Cell, Column, pair_column, set_column
 from tokenizers_vis.eval.examples import FOLDER
 from tokenizers_vis.eval.journal import Row, finite, read_rows
-from tokenizers_vis.eval.judges import BoxJudge, PictureJudge
+from tokenizers_vis.eval.judges import MS_SSIM_SIDE, SSIM_SIDE, BoxJudge, PictureJudge
 from tokenizers_vis.eval.perturbation import Grid
 from tokenizers_vis.eval.perturbed import metric_of, perturbed_scores, stamp_of
 from tokenizers_vis.eval.protocol import ContentHash, Stamp, refuse_mixture
+from tokenizers_vis.eval.set_distance import out_of_reach
+from tokenizers_vis.eval.suites import Boxed
 from tokenizers_vis.eval.token_study import cells_of
 
 FORMAT = 1
@@ -66,6 +68,7 @@ class _Table:
         self.out, self.descriptions, self.studies, self.grid = out, descriptions, studies, grid
         rows = list(read_rows(folder_of(out, self.suite.name, ORIGINALS)))
         self.hashes = {row["i"]: row["hash"] for row in rows if "error" not in row}
+        self.sizes = [(row["width"], row["height"]) for row in rows if "error" not in row]
         self.broken = {row["image"]: row["error"] for row in rows if "error" in row and row["i"] not in self.hashes}
         self.columns: dict[str, Column] = {}
         self.stamps: dict[str, dict[str, Stamp]] = {}
@@ -117,7 +120,24 @@ class _Table:
             "rows": self.rows,
             "scales": list(self.scales.values()),
             "tokens": self.tokens,
+            "remarks": self._remarks(),
         }
+
+    def _remarks(self) -> list[str]:
+        """What is not in the table though it might be, and what became of boxes."""
+        if isinstance(self.suite, Boxed):
+            return self.suite.remarks()
+        assert isinstance(self.judge, PictureJudge)
+        least = {"ssim": ("SSIM", SSIM_SIDE), "ms_ssim": ("MS-SSIM", MS_SSIM_SIDE)}
+        least |= {one.name: (one.name, one.least) for one in self.judge.distances if not one.size}
+        found = []
+        for key, (name, side) in least.items():
+            small = sum(min(size) < side for size in self.sizes)
+            if key not in self.columns and small:
+                found.append(f"no {name}: it takes {side} pixels, and {small} of {len(self.sizes)} pictures have fewer")
+        for net in self.judge.nets.values():
+            found += out_of_reach(len(self.hashes), net)
+        return list(dict.fromkeys(found))
 
     def _take(
         self, label: str, cells: dict[str, Cell], columns: Iterable[Column], found: Mapping[str, Cell], stamp: Stamp

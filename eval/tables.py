@@ -39,7 +39,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         parts.append(f"## {suite['name']}, {suite['pictures']} pictures\n\n" + _table(suite["rows"], own))
         if of_tokens:
             parts.append(f"Tokens:\n\n{_table(_studied(suite), of_tokens)}\n\n\\{FEW}")
-        parts.append("\n".join(f"- {said}" for said in stamps_said(suite)))
+        parts.append("\n".join(f"- {said}" for said in (*stamps_said(suite), *notes(suite))))
         for table in suite["published"]:
             heads = ["published", *table["columns"]]
             shown = [[row["name"], *(written(value, 2) for value in row["values"])] for row in table["rows"]]
@@ -76,7 +76,9 @@ def summary(results: Mapping[str, Any]) -> str:
     blocks = []
     for suite in results["suites"]:
         shown = [column for column in suite["columns"] if column["key"] in _SAID_FIRST or "[" in column["title"]]
-        shown = [column for column in shown if not column["key"].startswith(_SAID_ELSEWHERE)]
+        shown = [
+            one for one in shown if not one["key"].startswith(_SAID_ELSEWHERE) and not one["key"].endswith(" micro")
+        ]
         heads = [suite["name"], *(column["title"] for column in shown)]
         rows = [[row["label"], *_cells(row, shown)] for row in suite["rows"]]
         widths = [max(len(line[k]) for line in (heads, *rows)) for k in range(len(heads))]
@@ -111,6 +113,16 @@ def _tabular(rows: Sequence[Mapping[str, Any]], columns: Sequence[Mapping[str, A
         "\\begin{tabular}{l" + "r" * len(columns) + "}\n\\toprule\n" + " & ".join(heads) + " \\\\\n\\midrule\n"
         f"{body} \\\\\n\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n"
     )
+
+
+def notes(suite: Mapping[str, Any]) -> list[str]:
+    """What is missing, and what is said of a set distance for every method alike; the rest is with the numbers."""
+    found = list(suite["remarks"])
+    for column in suite["columns"]:
+        said = [row["cells"][column["key"]].get("note") for row in suite["rows"] if column["key"] in row["cells"]]
+        if column["group"] == "sets" and said and said[0] and len(set(said)) == 1 and said[0] not in found:
+            found.append(said[0])
+    return found
 
 
 def stamps_said(suite: Mapping[str, Any]) -> list[str]:

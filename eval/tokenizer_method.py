@@ -37,6 +37,9 @@ class LazyTokenizer:
             from tokenizers_vis.presets import load
 
             self._loaded = load(self.target, self.device)
+            # From a file they come as they are first touched: that is not to count as what the first batch takes.
+            for weights in self._loaded.parameters():
+                weights.sum()
         return self._loaded
 
     def release(self) -> None:

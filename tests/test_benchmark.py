@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import shutil
-import tempfile
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor, nn
 
 from tokenizers_vis import presets
 from tokenizers_vis.eval.benchmark import ORIGINALS, Shard, Task, folder_of, missing, run
 from tokenizers_vis.eval.features import FeatureNet
-from tokenizers_vis.eval.journal import Array, Journal, Stored, read_rows
+from tokenizers_vis.eval.journal import read_rows
 from tokenizers_vis.eval.judges import BoxJudge, PictureJudge
 from tokenizers_vis.eval.method import Method, Reconstruction
 from tokenizers_vis.eval.methods import parse_methods
@@ -292,14 +288,28 @@ def test_pictures_of_mixed_sizes_as_they_are(folder: Path, photos: list[Path], t
     # MS-SSIM is of the large one alone and SSIM of all but one: such means would be of other pictures than PSNR.
     assert "ms_ssim" in rows["large.jpg"] and "ssim" not in rows["tiny.png"]
     assert {"ssim", "ms_ssim"}.isdisjoint(cells(suite, "mini@16")) and cells(suite, "mini@16")["psnr"] > 10
+    assert suite["remarks"][:2] == [
+        "no SSIM: it takes 11 pixels, and 1 of 11 pictures have fewer",
+        "no MS-SSIM: it takes 176 pixels, and 10 of 11 pictures have fewer",
+    ]
     assert suite["columns"][1]["stamp"]["size"] == "native"
 
 
 def test_one_picture_has_no_set_distance(folder: Path, tmp_path: Path) -> None:
     one = Task(Photos(open_source(str(folder)), 48, limit=1), PictureJudge([Colours()]))
     run(parse_methods(["jpeg@q5"]), [one], tmp_path)
-    (row,) = tables(tmp_path, one, ["jpeg@q5"])[0]["rows"]
+    suite, _ = tables(tmp_path, one, ["jpeg@q5"])
+    (row,) = suite["rows"]
     assert "fd_colours" not in row["cells"] and row["cells"]["cosine_colours"]["n"] == 1
+    assert "no set distances: 2 pictures are needed, and there are 1" in suite["remarks"]
+
+
+def test_few_pictures_say_which_distances_they_lack(whole: tuple[dict[str, Any], str]) -> None:
+    suite, _ = whole
+    assert "no fd_infinity_colours: 50 pictures are needed, and there are 9" in suite["remarks"]
+    assert not any("precision" in said for said in suite["remarks"]) and "fd_infinity_colours" not in {
+        column["key"] for column in suite["columns"]
+    }
 
 
 def test_reconstructions_made_elsewhere(folder: Path, tmp_path: Path) -> None:
@@ -386,43 +396,21 @@ def test_words_are_judged_in_their_boxes(size: int, words: TextSet, tmp_path: Pa
     assert cells(suite, "identity")["psnr"] == "inf" or size
 
 
-# The journal
+def test_boxes_over_the_edge_and_words_that_are_not_judged_are_counted(words: TextSet, tmp_path: Path) -> None:
+    path = next(iter(words)).path.parent / "annotations.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["words"][1]["box"] = [60, 5, 140, 50]
+    lines[1]["words"][0]["text"] = None
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    one = Task(Boxed(open_text(path), 0), BoxJudge(TextFidelity(Brightness())))
+    run(parse_methods(["identity"]), [one], tmp_path / "out")
+    assert tables(tmp_path / "out", one, ["identity"])[0]["remarks"] == [
+        "1 of 5 boxes reaches over the edge of its picture, where it is cut off",
+        "1 annotated words are not judged: illegible, or of a single character",
+    ]
 
 
-@given(cut=st.integers(0, 10**4), of_array=st.booleans(), sizes=st.lists(st.integers(1, 3), min_size=1, max_size=4))
-def test_a_journal_cut_anywhere_is_whole_again(cut: int, of_array: bool, sizes: list[int]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "a.jsonl"
-        arrays = {"x": Array(2)}
-        rows = [{"i": i, "said": "ü" * i} for i in range(sum(sizes))]
-        values = np.arange(2 * len(rows), dtype=np.float32).reshape(-1, 2)
-        with Journal(path, arrays) as journal:
-            start = 0
-            for size in sizes:
-                journal.append(rows[start : start + size], {"x": values[start : start + size]})
-                start += size
-        victim = path.with_name("a.x") if of_array else path
-        os.truncate(victim, cut % (victim.stat().st_size + 1))
-        with Journal(path, arrays):
-            pass
-        kept = list(read_rows(Path(folder)))
-        assert [row["i"] for row in kept] == list(range(len(kept)))  # a beginning, and every row of it whole
-        with Journal(path, arrays) as journal:
-            journal.append(rows[len(kept) :], {"x": values[len(kept) :]})
-        again = list(read_rows(Path(folder)))
-        assert [{key: row[key] for key in ("i", "said")} for row in again] == rows
-        stored = Stored(Path(folder), "x", arrays["x"])
-        assert stored.numbers == list(range(len(rows))) and np.array_equal(stored.at(stored.numbers), values)
-
-
-def test_two_processes_do_not_write_one_journal(tmp_path: Path) -> None:
-    pytest.importorskip("fcntl", reason="this system has no locks of that kind")
-    with Journal(tmp_path / "a.jsonl", {}) as journal:
-        journal.append([{"i": 0, "bad": float("nan")}])
-        with pytest.raises(ValueError, match="is being written by another process"):
-            Journal(tmp_path / "a.jsonl", {})
-    with Journal(tmp_path / "a.jsonl", {}):
-        assert list(read_rows(tmp_path)) == [{"i": 0, "bad": None}]
+# What is left on the disk
 
 
 def test_only_the_pictures_that_are_shown_are_kept(folder: Path, tmp_path: Path) -> None:

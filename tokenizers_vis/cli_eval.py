@@ -140,8 +140,11 @@ def evaluate(
     if data and not nets:
         also = ", and so does a pFID" if tokens else ""
         typer.echo(f"no set distances: they need a net, such as --net inception or --net dinov2{also}", err=True)
-    from tokenizers_vis.eval.tables import summary
+    from tokenizers_vis.eval.tables import notes, summary
 
+    for suite in done.results["suites"]:
+        for note in notes(suite):
+            typer.echo(f"{suite['name']}: {note}", err=True)
     typer.echo(summary(done.results))
     typer.echo(f"wrote {out / 'index.html'}")
     skipped = [(suite["name"], *one) for suite in done.results["suites"] for one in suite["skipped"].items()]
