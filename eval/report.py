@@ -23,10 +23,7 @@ def write_report(results: Mapping[str, Any], out: Path, rows: Sequence[str] = ()
 
     results: of ``summary.summarise``, with ``command`` and ``versions``. rows: names of the files of rows beside them.
     """
-    suites = [
-        {**suite, "rate": _rates(suite), "published": published(suite["kind"], suite["size"], results["methods"])}
-        for suite in results["suites"]
-    ]
+    suites = [{**suite, "rate": _rates(suite), "published": _published(suite, results)} for suite in results["suites"]]
     whole = {**results, "rows": list(rows), "suites": suites}
     texts = {
         RESULTS: json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False),
@@ -37,6 +34,12 @@ def write_report(results: Mapping[str, Any], out: Path, rows: Sequence[str] = ()
     for name, text in texts.items():
         write_atomically(out / name, text.encode())
     return [out / name for name in texts]
+
+
+def _published(suite: Mapping[str, Any], results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What others published; of tokens only where tokens were measured."""
+    tables = published(suite["kind"], suite["size"], results["methods"])
+    return [table for table in tables if suite["tokens"] or table["columns"] != ["pFID"]]
 
 
 def _rates(suite: Mapping[str, Any]) -> list[dict[str, Any]]:

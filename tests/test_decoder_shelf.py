@@ -246,9 +246,10 @@ def test_it_learns_eight_pictures(kind: str, photos: list[Path]) -> None:
     shape = SHAPE | {"max_tokens": 16, "size": 32, "patch": 8, "width": 96, "depth": 2, "heads": 4}
     picture = {"predict": "picture"} if kind != "vit" else {}
     late = {"time_mean": 0.8} if kind not in ("vit", "diffusion") else {}
+    short = {"finest": 8} if kind == "shortcut" else {}  # each length of a jump is learned from a share of the images
     config = table("vit") | {"canvas": {"kind": "pixels", "size": 32}}
     config["encoder"] = {"kind": "flextok", **shape, "standardize": True}
-    config["decoder"] = {"kind": kind, **shape, **picture, **late}
+    config["decoder"] = {"kind": kind, **shape, **picture, **late, **short}
     torch.manual_seed(0)
     tok = Tokenizer.from_config(config).train()
     optimizer = torch.optim.AdamW(tok.parameters(), 2e-3, betas=(0.9, 0.98), weight_decay=0.0)

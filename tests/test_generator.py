@@ -333,7 +333,7 @@ def test_another_tokenizer_is_refused_by_its_hash(
         (lambda g: g.sample([0, 1], seed=[1]), "one for each of 2 labels"),
         (lambda g: g.sample([0], seed=-1), "from 0"),
         (lambda g: g.sample([0], batch_size=0), "from 1, got 0"),
-        (lambda g: g.sample([0], guidence=2.0), "Did you mean 'guidance'"),
+        (lambda g: g.sample([0], guide=2.0), "Did you mean 'guidance'"),
         (lambda g: g.sample([0], steps=3), "no option 'steps'"),
         (lambda g: g.sample([0], temperature=-1.0), "temperature is 0 or more"),
         (lambda g: g.sample([0], top_p=0.0), "top_p is above 0"),
@@ -370,7 +370,7 @@ def test_what_only_some_models_can_do_is_said() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"modle": {}}, "no 'modle'. Did you mean 'model'"),
+        ({"models": {}}, "no 'models'. Did you mean 'model'"),
         ({"class_names": ["cat"]}, "3 classes have 1 names"),
         ({"codebook_sizes": [1]}, "codebook_sizes are 2 or more"),
         ({"sampling": {"top_q": 1}}, "no option 'top_q'"),

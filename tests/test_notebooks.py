@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -14,6 +15,7 @@ import tokenizers_vis
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 WEIGHTS = Path(tokenizers_vis.__file__).parent / "presets" / "mini.safetensors"
+STEPS = "8"  # of the trainings: enough to come to the end of a notebook, where it would be read in a minute
 notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -21,8 +23,10 @@ def code_cells(book: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
-def test_there_are_notebooks() -> None:
-    assert NOTEBOOKS
+def test_they_are_numbered_and_the_readme_lists_them() -> None:
+    assert [path.name[:3] for path in NOTEBOOKS] == [f"{number:02}_" for number in range(1, len(NOTEBOOKS) + 1)]
+    listed = re.findall(r"\(notebooks/(\w+\.ipynb)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert listed == [path.name for path in NOTEBOOKS] != []
 
 
 @notebook
@@ -39,6 +43,8 @@ def test_it_runs_and_shows_pictures(path: Path, tmp_path: Path, monkeypatch: pyt
         pytest.skip(f"the bundled weights are missing: there is no {WEIGHTS.relative_to(WEIGHTS.parents[2])}")
     # The kernel starts in an empty folder: it finds a checkout's package by this, an installed one anyway.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv("NOTEBOOK_STEPS", STEPS)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     book = nbformat.read(path, as_version=4)
     # A cell that raises raises here, with its traceback.
     client = NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})

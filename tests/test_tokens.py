@@ -132,7 +132,7 @@ def resealed(content, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_4": 2}, "version 2"),
+        ({"_4": 3}, "version 3"),
         ({"_0": 0}, "no .tok file"),
         ({"_5": 8}, "header is wrong"),
         ({"_5": 2}, "header is wrong"),  # nested, yet not known

@@ -2,7 +2,7 @@
 
 Letters: b batch, n tokens, k codebooks, h w pixels, m lengths, p places, t shares.
 
-A flow decoder starts every picture from the same noise unless told otherwise, so that differences are the tokens' alone.
+Flow decoders start every picture from the same noise unless told otherwise, so that differences are the tokens' alone.
 ``sampling`` are options of ``tok.decode`` that are one for all images, such as ``steps`` or ``seed``.
 """
 

@@ -38,7 +38,10 @@ Guidance = Annotated[float | None, typer.Option(help="Guidance scale of a flow d
 Seed = Annotated[
     int | None, typer.Option(min=0, max=2**63 - 1, help="Of a flow decoder's noise; one fixed noise when not given.")
 ]
-
+Prior = Annotated[
+    str | None,
+    typer.Option(help="A generator by name, file or folder, whose probabilities make (or made) the files shorter."),
+]
 
 PHOTOS = Path(__file__).parent / "photos"
 CODES = (".tok", ".safetensors")  # files of ids, and of continuous tokens
@@ -55,6 +58,7 @@ def encode(
     tokenizer: Name = "mini",
     weights: Weights = None,
     n_tokens: Annotated[int | None, typer.Option(help="Tokens an image; all when not given.")] = None,
+    prior: Prior = None,
     resize: Resize = None,
     device: Device = None,
     batch_size: BatchSize = 32,
@@ -71,15 +75,20 @@ def encode(
         targets = [target.with_suffix(suffix) for target in targets]
     elif out.suffix.lower() != suffix:
         raise Failure(f"the tokens of {tok.name} go into a {suffix} file, got --out {out}")
+    law = _prior(prior)
+    if law and tok.continuous:
+        raise Failure(f"--prior is for ids; the tokens of {tok.name} are vectors")
     failed: list[str] = []
     batch: list[tuple[Any, Path]] = []
+    written: list[int] = []
 
     def write() -> None:
         if batch:
             tokens = tok.encode([image for image, _ in batch], n_tokens, batch_size=batch_size)
             for one, (_, target) in zip(tokens, batch, strict=True):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                one.save(target)
+                one.save(target, law) if law else one.save(target)
+                written.append(target.stat().st_size)
         batch.clear()
 
     with _progress() as progress:
@@ -97,7 +106,8 @@ def encode(
     size = f"of {tok.quantizer.dim} numbers" if tok.continuous else f"= {_count(_size(tok, n), 'byte')}"
     each = f"{_count(n, 'token')} {size} each"
     where = targets[0] if len(targets) == 1 else out or "their folders"
-    _end(f"encoded {done} with {tok.name}, {each}, into {where}", failed)
+    files = f", {_count(sum(written), 'byte')} of files" if law else ""
+    _end(f"encoded {done} with {tok.name}, {each}{files}, into {where}", failed)
 
 
 @app.command()
@@ -109,6 +119,7 @@ def decode(
     ] = None,
     weights: Weights = None,
     n_tokens: Annotated[int | None, typer.Option(help="Decode only so many leading tokens.")] = None,
+    prior: Prior = None,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Seed = None,
@@ -126,12 +137,13 @@ def decode(
     targets = place_results(files, out, ".png", SUFFIXES)
     failed: list[str] = []
     usable_device(device)  # before a file's tokenizer is blamed for it
+    law = _prior(prior)
     loaded: dict[str, Tokenizer] = {}
     work: list[tuple[Tokens | Latents, list[Path]]] = []
     # Every file is read and checked before the first picture is written.
     for (file, _), target in zip(files, targets, strict=True):
         try:
-            tokens = (Latents if file.suffix == ".safetensors" else Tokens).load(file)
+            tokens = Latents.load(file) if file.suffix == ".safetensors" else Tokens.load(file, law)
         except ValueError as error:
             failed.append(str(error))
             typer.echo(f"skipped: {error}", err=True)
@@ -326,6 +338,16 @@ def _load(name: str, device: str | None, weights: Path | None = None) -> Tokeniz
     from tokenizers_vis.presets import load
 
     return load(name, device, weights=weights)
+
+
+def _prior(name: str | None) -> Any:
+    """What files are coded with; None where none is named."""
+    if name is None:
+        return None
+    from tokenizers_vis import generator
+    from tokenizers_vis.generators import prior
+
+    return prior.Prior(generator.load_generator(name, "cpu"))
 
 
 def _read_tokens(path: Path) -> Tokens | Latents | None:

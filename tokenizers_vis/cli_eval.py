@@ -94,13 +94,22 @@ def evaluate(
     sampling = {key: value for key, value in (("steps", steps), ("guidance", guidance)) if value is not None}
     nets = _with_weights("--net", net, net_weights)
     console = Console(stderr=True)
-    quiet = not console.is_terminal or os.environ.get("RANK", "0") != "0"  # of several processes one shows its progress
+    first = os.environ.get("RANK", "0") == "0"  # of several processes one shows its progress
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet) as progress:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not (first and console.is_terminal)
+    ) as progress:
 
         def start(total: int) -> Callable[[str, int], None]:
             task = progress.add_task("reading", total=total)
-            return lambda what, n: progress.update(task, advance=n, description=what)
+
+            def tick(what: str, n: int) -> None:
+                before = progress.tasks[task]
+                if first and not console.is_terminal and what != before.description:  # a log has a line for each part
+                    typer.echo(f"{what} ({before.completed:.0f} of {total} done)", err=True)
+                progress.update(task, advance=n, description=what)
+
+            return tick
 
         try:
             done = run(

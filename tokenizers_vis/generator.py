@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from tokenizers_vis.token_shards import codes_hash
 from tokenizers_vis.tokenizer import Tokenizer
 from tokenizers_vis.tokens import Tokens
 from tokenizers_vis.weights import CheckpointError, empty_weights, load_strictly, read_safetensors
+
+if TYPE_CHECKING:
+    from tokenizers_vis.generators.speculative import Relaxation, Speculated
 
 FORMAT = "tokenizers_vis.generator"
 FILE = "generator.safetensors"
@@ -175,7 +178,7 @@ class Generator(nn.Module):
         Raises ``ValueError``.
         """
         options = self._options(sampling)
-        rows = self._labels(labels)
+        rows = self.label_rows(labels)
         n = self._length(n_tokens)
         seeds = self._seeds(seed, len(rows))
         given = None if prefix is None else self._prefix(prefix, len(rows), n)
@@ -192,6 +195,59 @@ class Generator(nn.Module):
         return self._tokens(torch.cat(drawn))
 
     @torch.no_grad()
+    def speculate(
+        self,
+        labels: Label | Sequence[Label] | Tensor,
+        draft: Generator,
+        n_tokens: int | None = None,
+        *,
+        lookahead: int = 4,
+        relax: Relaxation | None = None,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 1,
+        **sampling: Any,
+    ) -> Speculated:
+        """As ``sample``, with tokens that a smaller generator proposes: the same law from fewer passes.
+
+        draft: of the same tokenizer's tokens. lookahead: tokens it proposes at a time.
+        relax: how far the law may go from this generator's (``generators.speculative.Relaxation``); None is not at all.
+        batch_size: a batch waits for the image whose proposals fall first, so that small ones gain most.
+
+        The seeds' samples are not those of ``sample``. They depend on neither lookahead nor batch_size.
+        Raises ``ValueError``.
+        """
+        from tokenizers_vis.generators import speculative
+
+        relax = speculative.EXACTLY if relax is None else relax
+        whose = ("tokenizer", "hash", "codebook_sizes", "max_tokens", "classes")
+        if unlike := [key for key in whose if getattr(self, key) != getattr(draft, key)]:
+            raise ValueError(
+                f"the draft {draft.name} has another {unlike[0]} than {self.name}: {getattr(draft, unlike[0])!r}, "
+                f"not {getattr(self, unlike[0])!r}; both are trained on the same tokens"
+            )
+        speculative.check_draft(self.model, draft.model, lookahead, relax)
+        options, rows, n = self._options(sampling), self.label_rows(labels), self._length(n_tokens)
+        seeds = self._seeds(seed, len(rows))
+        if batch_size < 1:
+            raise ValueError(f"batch_size is a whole number from 1, got {batch_size!r}")
+        if self.training or draft.training:
+            raise ValueError("a generator in training mode drops parts of what it knows; call .eval() on both")
+        shape = (self.model.length, self.model.codes.draws, speculative.DRAWS)
+        drawn = [
+            speculative.speculate(
+                self.model, draft.model, rows[part], n, options, uniforms(seeds[part], shape), lookahead, relax
+            )
+            for part in (slice(start, start + batch_size) for start in range(0, len(rows), batch_size))
+        ]
+        stood = torch.cat([torch.cat(one.stood) for one in drawn])
+        return speculative.Speculated(
+            self._tokens(torch.cat([one.ids for one in drawn])),
+            stood.double().mean().item(),
+            sum(one.target_passes for one in drawn),
+            sum(one.draft_passes for one in drawn),
+        )
+
+    @torch.no_grad()
     def bits(self, tokens: Tokens, labels: Label | Sequence[Label] | Tensor = None) -> Tensor:
         """What each token costs under this generator: -log2 p given the class and what it goes by; b n, float32.
 
@@ -199,7 +255,7 @@ class Generator(nn.Module):
         the mean is above it. labels: one for all, or one each. Raises ``ValueError`` for tokens of another tokenizer.
         """
         ids = self._own(tokens)
-        rows = self._labels(labels)
+        rows = self.label_rows(labels)
         if len(rows) not in (1, len(ids)):
             raise ValueError(f"labels are one for all or one each: got {len(rows)} for {len(ids)} images")
         return -self.model.log_prob(ids, rows.expand(len(ids))) / math.log(2)
@@ -276,7 +332,7 @@ class Generator(nn.Module):
     def _options(self, given: Mapping[str, Any]) -> Sampling:
         return build(self.model.options, {**self.config["sampling"], **given}, "sampling")
 
-    def _labels(self, labels: Any) -> Tensor:
+    def label_rows(self, labels: Any) -> Tensor:
         """b, int64, on the device; no class is the last row of the table."""
         labels = labels.tolist() if hasattr(labels, "tolist") else labels
         items = list(labels) if isinstance(labels, (list, tuple, range)) else [labels]

@@ -18,7 +18,7 @@ one of zlib and PNG, 4 bytes, big-endian.
 
 One token is k ids, codebook 0 first; an id of a codebook of size s takes ceil(log2(s)) bits. The order is token 0 of
 every image, then token 1 of every image that has one, and so on. A file that was cut short thus holds a prefix of
-every image, which a nested tokenizer can decode.
+every image, which a nested tokenizer can decode. Version 2 is ``generators.prior``'s.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from einops import rearrange
 
 MAGIC = b"\x89TOK"
 VERSION = 1
+CODED_VERSION = 2  # with a generator's probabilities: ``generators.prior``
 _NESTED_KNOWN, _NESTED, _RAGGED = 1, 2, 4
 _MAX_SIZE = 2**62
 
@@ -59,11 +60,11 @@ def write(contents: Contents) -> bytes:
     """The bytes of a file."""
     ids, sizes, tokenizer, lengths, nested = contents
     n, ragged, name = max(lengths), min(lengths) < max(lengths), tokenizer.encode()
-    payload = _pack(rearrange(ids[:, :n], "b n k -> n b k")[_real(lengths, n)], sizes)
+    payload = pack(rearrange(ids[:, :n], "b n k -> n b k")[_real(lengths, n)], sizes)
     flags = _RAGGED * ragged + _NESTED_KNOWN * (nested is not None) + _NESTED * (nested is True)
     numbers = [len(ids), n, len(sizes), *sizes, len(name)]
-    header = MAGIC + bytes([VERSION, flags]) + b"".join(map(_varint, numbers)) + name
-    header += b"".join(map(_varint, lengths)) if ragged else b""
+    header = MAGIC + bytes([VERSION, flags]) + b"".join(map(varint, numbers)) + name
+    header += b"".join(map(varint, lengths)) if ragged else b""
     header += zlib.crc32(payload).to_bytes(4, "big")
     return header + zlib.crc32(header).to_bytes(4, "big") + payload
 
@@ -126,7 +127,7 @@ def _real(lengths: Sequence[int], n: int) -> np.ndarray:
     return np.arange(n)[:, None] < np.array(lengths)
 
 
-def _pack(ids: np.ndarray, sizes: Sequence[int]) -> bytes:
+def pack(ids: np.ndarray, sizes: Sequence[int]) -> bytes:
     """ids: t k -> bits, highest first."""
     columns = [
         ((ids[:, j] >> shift) & 1).astype(np.uint8)
@@ -148,7 +149,8 @@ def _unpack(payload: bytes, sizes: Sequence[int], count: int) -> np.ndarray:
     return ids
 
 
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
+    """The bytes of a number."""
     out = bytearray()
     while value >= 128:
         out.append(value & 127 | 128)
@@ -157,30 +159,42 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _read_header(data: bytes) -> tuple[Contents, int, int]:
-    """What the header says (without ids), the payload's CRC32, and where the payload starts."""
-    if not data.startswith(MAGIC[: len(data)]):
-        raise TokenFileError(f"this is no .tok file: it starts with {data[:4]!r}, a .tok file with {MAGIC!r}")
-    place = len(MAGIC)
+class Header:
+    """Reads the start of a file piece by piece. ``place`` is how far it has come. Raises ``TokenFileError``."""
 
-    def take(count: int) -> bytes:
-        nonlocal place
-        if place + count > len(data):
-            raise TokenFileError(f"the file ends inside its header, after {len(data)} bytes; fetch it again")
-        place += count
-        return data[place - count : place]
+    def __init__(self, data: bytes) -> None:
+        if not data.startswith(MAGIC[: len(data)]):
+            raise TokenFileError(f"this is no .tok file: it starts with {data[:4]!r}, a .tok file with {MAGIC!r}")
+        self.data, self.place = data, len(MAGIC)
 
-    def number() -> int:
+    def take(self, count: int) -> bytes:
+        if self.place + count > len(self.data):
+            raise TokenFileError(f"the file ends inside its header, after {len(self.data)} bytes; fetch it again")
+        self.place += count
+        return self.data[self.place - count : self.place]
+
+    def number(self) -> int:
+        """A varint."""
         value = 0
         for shift in range(0, 70, 7):
-            byte = take(1)[0]
+            byte = self.take(1)[0]
             value |= (byte & 127) << shift
             if byte < 128:
                 return value
         raise TokenFileError(
-            f"the header is damaged: the number before byte {place} does not end; fetch the file again"
+            f"the header is damaged: the number before byte {self.place} does not end; fetch the file again"
         )
 
+
+def version_of(data: bytes) -> int:
+    """The version of a file. Raises ``TokenFileError`` for what is none."""
+    return Header(data).take(1)[0]
+
+
+def _read_header(data: bytes) -> tuple[Contents, int, int]:
+    """What the header says (without ids), the payload's CRC32, and where the payload starts."""
+    header = Header(data)
+    take, number = header.take, header.number
     version, flags = take(2)
     if version != VERSION:
         raise TokenFileError(f"the file is of version {version}, this reads version {VERSION}; update tokenizers_vis")
@@ -189,7 +203,7 @@ def _read_header(data: bytes) -> tuple[Contents, int, int]:
     name = take(number())
     lengths = [number() for _ in range(b)] if flags & _RAGGED else None
     payload_crc = int.from_bytes(take(4), "big")
-    header_crc = zlib.crc32(data[:place])
+    header_crc = zlib.crc32(data[: header.place])
     if int.from_bytes(take(4), "big") != header_crc:
         raise TokenFileError("the header does not match its checksum: the file is damaged; fetch or save it again")
     # From here on the header is what was written; what follows guards against a writer that got it wrong.
@@ -207,4 +221,4 @@ def _read_header(data: bytes) -> tuple[Contents, int, int]:
             raise TokenFileError(f"the file is cut short: {len(data)} bytes cannot hold {b} images; fetch it again")
         lengths = [n] * b
     nested = bool(flags & _NESTED) if flags & _NESTED_KNOWN else None
-    return Contents(np.empty(0, np.int64), sizes, tokenizer, lengths, nested), payload_crc, place
+    return Contents(np.empty(0, np.int64), sizes, tokenizer, lengths, nested), payload_crc, header.place

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ from tokenizers_vis.files import write_atomically
 from tokenizers_vis.quantizers.base import check_ids
 from tokenizers_vis.sequences import join, split
 from tokenizers_vis.token_file import TokenFileError, bits_of, check_sizes
+
+if TYPE_CHECKING:
+    from tokenizers_vis.generator import Generator
+    from tokenizers_vis.generators.prior import Prior
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -207,40 +211,54 @@ class Tokens:
 
     # -- the .tok file
 
-    def to_bytes(self) -> bytes:
-        """The content of a ``.tok`` file."""
+    def to_bytes(self, prior: Prior | Generator | None = None, labels: Any = None) -> bytes:
+        """The content of a ``.tok`` file.
+
+        prior: a generator of these tokens, whose probabilities make the file shorter; the file is then read with the
+            same generator. Where that is not shorter, or not read back as it was, the file is one without.
+        labels: the class of all images or of each, if known, for the prior.
+        """
+        if prior is not None:
+            from tokenizers_vis.generators.prior import as_prior
+
+            return as_prior(prior).to_bytes(self, labels)
+        if labels is not None:
+            raise ValueError("labels are for a prior: give one, or none of both")
         ids = self.ids.cpu().numpy()
         return token_file.write(
             token_file.Contents(ids, self.codebook_sizes, self.tokenizer, self._length_list(), self.nested)
         )
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Tokens:
+    def from_bytes(cls, data: bytes, prior: Prior | Generator | None = None) -> Tokens:
         """The tokens of a ``.tok`` file's content.
+
+        prior: the generator that the file was coded with; None takes the one that it names, if that comes with the
+            library. A file that was coded without does not need it.
 
         A nested tokenizer's file that was cut short gives the tokens that arrived whole, with a ``UserWarning``; what
         is left of it cannot be checked against the checksum.
 
         Raises ``TokenFileError`` for anything else that is not a whole, undamaged file.
         """
-        tokens, warning = cls._parse(bytes(data))
+        tokens, warning = cls._parse(bytes(data), prior)
         if warning:
             warnings.warn(warning, stacklevel=2)
         return tokens
 
-    def save(self, path: str | Path) -> None:
-        """Writes a ``.tok`` file, whole or not at all; ``OSError`` when the disk does not take it."""
-        write_atomically(path, self.to_bytes())
+    def save(self, path: str | Path, prior: Prior | Generator | None = None, labels: Any = None) -> None:
+        """Writes a ``.tok`` file, as ``to_bytes``, whole or not at all; ``OSError`` when the disk does not take it."""
+        write_atomically(path, self.to_bytes(prior, labels))
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokens:
+    def load(cls, path: str | Path, prior: Prior | Generator | None = None) -> Tokens:
         """Reads a ``.tok`` file, as ``from_bytes`` does."""
         try:
             data = Path(path).read_bytes()
         except OSError as error:
             raise TokenFileError(f"{path} cannot be read: {error.strerror or error}") from error
         try:
-            tokens, warning = cls._parse(data)
+            tokens, warning = cls._parse(data, prior)
         except TokenFileError as error:
             raise TokenFileError(f"{path}: {error}") from error
         if warning:
@@ -248,8 +266,12 @@ class Tokens:
         return tokens
 
     @classmethod
-    def _parse(cls, data: bytes) -> tuple[Tokens, str]:
+    def _parse(cls, data: bytes, prior: Prior | Generator | None) -> tuple[Tokens, str]:
         """The tokens, and a warning if some are missing."""
+        if token_file.version_of(data) == token_file.CODED_VERSION:
+            from tokenizers_vis.generators.prior import as_prior, named_in
+
+            return (named_in(data) if prior is None else as_prior(prior)).from_bytes(data), ""
         contents, warning = token_file.read(data)
         ids, lengths = torch.from_numpy(contents.ids), torch.tensor(contents.lengths)
         try:

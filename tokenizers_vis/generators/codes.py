@@ -57,6 +57,24 @@ class Codes(nn.Module, ABC):
     def draw(self, hidden: Pair, places: Tensor, uniform: Tensor, options: Sampling) -> Drawn:
         """hidden: b m d each, places: m or b m, uniform: b m draws -> ids b m s and the log probability b m of each."""
 
+    # The same as single choices, one after the other: what codes and checks a position needs.
+
+    def to_choices(self, stream: Tensor) -> Tensor:
+        """b m s -> b m draws: the choices that make a position, in their order."""
+        return stream
+
+    def from_choices(self, choices: Tensor) -> Tensor:
+        """b m draws -> b m s."""
+        return choices
+
+    @abstractmethod
+    def choice_logits(self, hidden: Tensor, choices: Tensor, places: Tensor, j: int) -> Tensor:
+        """hidden: b m d -> b m v, of choice j, given the choices before j of ``choices``, b m draws."""
+
+    def choice_range(self, place: int, j: int) -> range:
+        """What choice j of a position can be: the indices of its logits that are not ruled out."""
+        return range(self.codebook_sizes[j])
+
 
 class TableCodes(Codes):
     """A table of vectors, one for each id, that ids are read by and guessed by (tied weights).
@@ -124,6 +142,14 @@ class TableCodes(Codes):
         ids, log_prob = choose(logits, uniform[..., 0], options)
         return Drawn(ids[..., None], log_prob)
 
+    def choice_logits(self, hidden: Tensor, choices: Tensor, places: Tensor, j: int) -> Tensor:
+        return self.logits(hidden, places)
+
+    def choice_range(self, place: int, j: int) -> range:
+        book = place % self.per_token
+        start = sum(self.codebook_sizes[:book])
+        return range(start, start + self.codebook_sizes[book])
+
 
 class FactorizedCodes(Codes):
     """All ids of a token at one position: read as the sum of their vectors, guessed by ``heads.FactorizedHead``.
@@ -153,6 +179,9 @@ class FactorizedCodes(Codes):
             log_prob = log_prob + one
         return Drawn(ids, log_prob)
 
+    def choice_logits(self, hidden: Tensor, choices: Tensor, places: Tensor, j: int) -> Tensor:
+        return self.head.logits(hidden, choices)[j]
+
 
 class BinaryCodes(Codes):
     """All bits of a token at one position, guessed apart from each other: ``heads.BinaryHead``."""
@@ -179,3 +208,16 @@ class BinaryCodes(Codes):
             bits = uniform.to(odds.device, torch.float32) < (odds / options.temperature).sigmoid()
         log_prob = nn.functional.logsigmoid(torch.where(bits, odds, -odds)).sum(dim=-1)
         return Drawn(self.head.id_format.from_bits(bits), log_prob)
+
+    def to_choices(self, stream: Tensor) -> Tensor:
+        return self.head.id_format.to_bits(stream).long()
+
+    def from_choices(self, choices: Tensor) -> Tensor:
+        return self.head.id_format.from_bits(choices)
+
+    def choice_logits(self, hidden: Tensor, choices: Tensor, places: Tensor, j: int) -> Tensor:
+        odds = self.head.logits(hidden)[..., j]
+        return torch.stack([torch.zeros_like(odds), odds], dim=-1)
+
+    def choice_range(self, place: int, j: int) -> range:
+        return range(2)
