@@ -28,7 +28,7 @@ from tokenizers_vis.generators.prior import Prior, read_header
 from tokenizers_vis.token_file import CODED_VERSION
 from tokenizers_vis.token_shards import TokenShards
 
-BATCH, ALONE = 100, 50
+BATCH, ALONE = 100, 20
 COUNTED = {
     "zero order": "zero_order",
     "by the place": "position",
@@ -136,7 +136,7 @@ def coded(tokens: tv.Tokens, labels: list[int | None], gen: Generator) -> list[t
         rows.append((f"{gen.name}, {name}: files of {BATCH} pictures", together / b))
         alone = [prior.to_bytes(tokens[i], classes[i]) for i in range(min(ALONE, b))]
         share = sum(file[4] == CODED_VERSION for file in alone) / len(alone)
-        what = f"a .tok file each, of the first {len(alone)} ({share:.0%} shorter than packed)"
+        what = f"a .tok file each, of the first {len(alone)} ({share:.0%} coded, others plain)"
         rows.append((f"{gen.name}, {name}: {what}", sum(map(len, alone)) * 8 / len(alone)))
         print(f"{name}: {1000 * seconds:.0f} ms a picture, written, read back and compared")
     return rows

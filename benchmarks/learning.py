@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--width", type=int, default=96, help="of encoder and decoder (default: 96)")
     parser.add_argument("--tokens", type=int, default=16, help="at full length (default: 16)")
-    parser.add_argument("--size", type=int, default=24, help="side of a picture, a multiple of 8 (default: 24)")
+    parser.add_argument("--size", type=int, default=16, help="side of a picture, a multiple of 4 (default: 16)")
     options = parser.parse_args(arguments)
     if min(options.seeds, options.steps, options.batch_size) < 1:
         parser.error("--seeds, --steps and --batch-size are at least 1")
@@ -259,8 +259,8 @@ def is_done(path: Path, table: dict[str, Any]) -> bool:
 
 def recipe(arm: Arm, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """A recipe as ``tokenizers-vis train`` takes it."""
-    part = {"dim": arm.dim, "max_tokens": options.tokens, "size": options.size, "patch": 8}
-    part |= {"width": options.width, "depth": 2, "heads": 4, "mlp_ratio": 3.0}
+    part = {"dim": arm.dim, "max_tokens": options.tokens, "size": options.size, "patch": options.size // 4}
+    part |= {"width": options.width, "depth": 1, "heads": 4, "mlp_ratio": 3.0}
     lengths = {"kind": "uniform", "full": 1 - arm.share, "per": "image"}
     return {
         "name": "learning",
@@ -276,7 +276,7 @@ def recipe(arm: Arm, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         "optim": {
             "steps": options.steps,
             "batch_size": options.batch_size,
-            "lr": 3e-3,
+            "lr": 1.5e-3,
             "warmup": min(50, options.steps),
             "ema": 0.98,
         },
