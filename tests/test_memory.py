@@ -17,7 +17,7 @@ HERE = pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="r
 
 
 @HERE
-@pytest.mark.parametrize("megabytes", [40, 160])
+@pytest.mark.parametrize("megabytes", [100, 200])
 def test_it_is_what_was_held_at_once_also_when_it_is_free_again(megabytes: int) -> None:
     large = np.ones(300 << 17)  # what was held before, or freed, does not count
     del large
@@ -25,7 +25,8 @@ def test_it_is_what_was_held_at_once_also_when_it_is_free_again(megabytes: int) 
         for _ in range(2):  # one after the other
             held = np.ones(megabytes << 17)
             del held
-    assert (megabytes - 2) << 20 <= peak.bytes < (megabytes + 25) << 20  # the kernel counts pages in batches
+    # The kernel counts pages in batches, and may take others of the process back meanwhile.
+    assert peak.bytes == pytest.approx(megabytes << 20, rel=0.25)
 
 
 @HERE

@@ -45,7 +45,7 @@ def generator(codes: str = "table", kind: str = "causal", seed: int = 0, **over:
     gen = Generator.from_config({**table, **over}).eval().requires_grad_(False)
     for name, parameter in gen.named_parameters():
         if parameter.ndim > 1:
-            parameter.copy_(parameter * 3 if parameter.abs().max() > 0 else torch.randn_like(parameter))
+            parameter.copy_(parameter * 3 if parameter.abs().max() > 0 else 2 * torch.randn_like(parameter))
         if name.startswith("model.codes.table"):
             parameter.mul_(20)
     return gen
