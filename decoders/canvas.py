@@ -16,9 +16,10 @@ Resize = Literal["crop", "pad", "exact"]
 
 
 class Canvas(nn.Module, ABC):
-    """Abstract. ``image_size`` is the height and width of the square images that ``read`` takes.
+    """Abstract. ``image_size`` is the height and width of the square images that ``read`` takes and ``paint`` gives.
 
-    ``pictures_only`` says that training has no y to aim at here (``views``), so that losses on pictures do it all.
+    ``read_size`` is that of images of which the encoder sees all there is. ``pictures_only`` says that training has no
+    y to aim at here (``views``), so that losses on pictures do it all.
     """
 
     image_size: int
@@ -32,16 +33,21 @@ class Canvas(nn.Module, ABC):
 
         return CANVASES
 
-    def fit(self, image: Tensor, resize: Resize | None = None) -> Tensor:
+    @property
+    def read_size(self) -> int:
+        return self.image_size
+
+    def fit(self, image: Tensor, resize: Resize | None = None, size: int | None = None) -> Tensor:
         """One image 3 h w of any size, uint8 or float in [0, 1] -> 3 s s, float32 in [0, 1].
 
+        size: s; None is ``image_size``. ``read`` takes images of ``read_size``, too.
         crop: the shorter side becomes s and the middle is kept. pad: the longer side becomes s, grey fills the rest.
         exact: both sides become s, whatever the aspect. Bicubic with antialiasing; raises ``ValueError``.
         """
         how = resize or self.resize
         if how not in get_args(Resize):
             raise ValueError(f"resize is one of {', '.join(get_args(Resize))}; got {how!r}")
-        return fit(image, self.image_size, how)
+        return fit(image, size or self.image_size, how)
 
     @property
     def sides(self) -> tuple[int, int | None]:
@@ -66,17 +72,50 @@ class Canvas(nn.Module, ABC):
 
 
 class Pixels(Canvas):
-    """The pixels themselves. span: "signed" shows them in [-1, 1], "unit" in [0, 1] as they come."""
+    """The pixels themselves. span: "signed" shows them in [-1, 1], "unit" in [0, 1] as they come.
 
-    def __init__(self, *, size: int, resize: Resize = "crop", span: Literal["signed", "unit"] = "signed") -> None:
+    size: of the pictures that are decoded. read_size: of what the encoder reads; 0 is ``size``. With a smaller one the
+    decoder draws larger pictures than the encoder has seen.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        read_size: int = 0,
+        resize: Resize = "crop",
+        span: Literal["signed", "unit"] = "signed",
+    ) -> None:
         super().__init__()
+        if not 0 <= read_size <= size:
+            raise ValueError(f"read_size is at most size {size}, or 0 for the same; got {read_size}")
         self.image_size, self.resize, self.span = size, resize, span
+        self._read_size = read_size or size
+
+    @property
+    def read_size(self) -> int:
+        return self._read_size
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.read_size, self.image_size
+
+    def reads_like(self, other: Canvas) -> bool:
+        """Whether an encoder sees the same in both."""
+        mine, its = ((c.read_size, c.resize, getattr(c, "span", None)) for c in (self, other))
+        return isinstance(other, Pixels) and mine == its
 
     def read(self, images: Tensor) -> Tensor:
-        return images if self.span == "unit" else images * 2 - 1
+        if self.read_size < self.image_size == images.shape[-1]:
+            sides = (self.read_size, self.read_size)
+            images = F.interpolate(images, sides, mode="bicubic", antialias=True).clamp(0, 1)
+        return self._spanned(images)
 
     def target(self, images: Tensor) -> Tensor:
-        return self.read(images)
+        return self._spanned(images)
+
+    def _spanned(self, images: Tensor) -> Tensor:
+        return images if self.span == "unit" else images * 2 - 1
 
     def paint(self, y: Tensor) -> Tensor:
         return y if self.span == "unit" else (y + 1) / 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -13,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from tokenizers_vis.eval.distances import frechet_distance
 from tokenizers_vis.eval.features import feature_net
 from tokenizers_vis.generator import Generator
 from tokenizers_vis.sources import open_source
+from tokenizers_vis.token_shards import TokenShards
 from tokenizers_vis.tokenizer import Tokenizer
 from tokenizers_vis.train.tokenize import Crops, tokenize
 
@@ -90,3 +93,34 @@ def test_every_way_to_sample_is_timed(capsys: pytest.CaptureFixture) -> None:
     assert all(float(row[2]) > 0 and float(row[4]) > 0 for row in rows)
     with pytest.raises(SystemExit, match="2"):
         script("generation_speed").main(["--tokens", "6"])
+
+
+def test_bits_of_pictures_add_up(
+    tiny: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tok = Tokenizer.from_config(tiny()).eval()
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        Image.new("RGB", (16, 16), (20 * (i % 4), 90, 200)).save(tmp_path / "photos" / f"{i}.png")
+    tokenize(str(tmp_path / "photos"), tmp_path / "tokens", tok)
+    shards = json.loads((tmp_path / "tokens" / "tokens.json").read_text())
+    table = {key: shards[key] for key in ("tokenizer", "hash", "codebook_sizes", "nested")}
+    model = {"kind": "causal", "backbone": {"width": 16, "depth": 1, "heads": 1}}
+    config = {**table, "name": "tiny", "max_tokens": 6, "classes": 0, "class_names": [], "model": model}
+    words = ["--tokens", str(tmp_path / "tokens"), "--generator", str(tmp_path / "gen.safetensors"), "--n", "12"]
+    Generator.from_config(config | {"hash": "0" * 16}).save(tmp_path / "gen.safetensors")
+    with pytest.raises(SystemExit, match="2"):
+        script("bits").main(words)
+    assert "tiny knows 0000000000000000" in capsys.readouterr().err
+    gen = Generator.from_config(config)
+    ids = TokenShards(tmp_path / "tokens").gather(range(12), [0] * 12)
+    gen.model.codes.bias.data[ids.unique()] = 15.0
+    gen.save(tmp_path / "gen.safetensors")
+    script("bits").main(words)
+    rows = {name: float(bits) for name, bits, *_ in rows_of(capsys.readouterr().out)[2:]}
+    assert rows["packed"] == 48
+    # The same few pictures again and again: their ids are likely, and given the one before almost certain.
+    assert rows["counted: bigram"] < rows["counted: zero order"] < 48
+    theory = rows["tiny, no class: cross-entropy"]
+    assert theory == pytest.approx(6 * math.log2(len(ids.unique())), rel=0.05)
+    assert theory < rows["tiny, no class: range coded, headers apart"] < theory + 10

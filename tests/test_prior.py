@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,6 +262,29 @@ def test_what_does_not_go_together_is_refused(gen: Generator) -> None:
         tokens.to_bytes("tiny")
 
 
+def test_what_stands_alone_may_be_large_in_sum() -> None:
+    """A bias is added number by number: that of a large codebook is no row of a matrix."""
+    gen = generator()
+    gen.model.codes.bias.fill_(2000)
+    exact_copy(gen.model)
+    gen.model.codes.bias[0] = 2.0**16
+    with pytest.raises(ValueError, match="codes.bias has weights too large"):
+        exact_copy(gen.model)
+
+
+def test_without_constriction_it_says_what_to_install(gen: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    with pytest.raises(ValueError, match="needs constriction: pip install"):
+        Prior(gen)
+
+
+def test_two_thousand_sequences_come_back(gen: Generator) -> None:
+    tokens, labels = images(gen, 2000)
+    data = tokens.to_bytes(gen, labels)
+    assert data[4] == 2 and Tokens.from_bytes(data, gen) == tokens
+    assert read_header(data).labels == [0 if label is None else label + 1 for label in labels]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("codes", CODES)
 def test_thousands_of_sequences_come_back(codes: str) -> None:
@@ -282,7 +306,7 @@ def test_images_alone_and_together_are_the_same_bytes(gen: Generator) -> None:
     assert together == alone
 
 
-def test_the_command_line(gen: Generator, tmp_path: Path, tiny: Callable[..., dict[str, Any]]) -> None:
+def test_the_command_line(tmp_path: Path, tiny: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture) -> None:
     tok = tv.Tokenizer.from_config(tiny("flextok", "fsq")).eval()
     tok.save(tmp_path / "tok.safetensors")
     sizes = list(tok.codebook_sizes)
@@ -306,6 +330,16 @@ def test_the_command_line(gen: Generator, tmp_path: Path, tiny: Callable[..., di
                "--prior", tmp_path / "gen.safetensors") == 0  # fmt: skip
     with Image.open(tmp_path / "b.png") as picture:
         assert picture.size == (16, 16)
+    assert (tmp_path / "a.tok").read_bytes()[4] == 2
+    assert run("info", tmp_path / "a.tok", "--prior", tmp_path / "gen.safetensors") == 0
+    assert "image 0: 6 tokens" in capsys.readouterr().out
+    assert run("info", tmp_path / "a.tok") == run("decode", tmp_path / "a.tok", "-o", tmp_path / "c.png", *args) == 1
+    assert capsys.readouterr().err.count("give it as prior=tv.load_generator(...), or --prior") == 2
+    assert run("info", tmp_path / "tok.safetensors", "--prior", tmp_path / "gen.safetensors") == 1
+    # Ids of the same codebook that mean other things: refused before the first file.
+    generator(tokenizer=tok.name, codebook_sizes=sizes, max_tokens=6).save(tmp_path / "other.safetensors")
+    assert run("encode", *many, "-o", tmp_path / "d.tok", *args, "--prior", tmp_path / "other.safetensors") == 1
+    assert f"hash {'0' * 16}" in capsys.readouterr().err and not (tmp_path / "d.tok").exists()
 
 
 def seen(tok: tv.Tokenizer) -> Tensor:

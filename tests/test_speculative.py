@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,18 @@ def test_without_relaxation_the_law_is_the_target_s(source: Any, lookahead: int,
 def test_a_test_of_relaxed_draws_fails(source: Any) -> None:
     ids = drawn(source, 20000, relax=Relaxation((NEAR,), 0.2)).ids
     assert p_value(counted(ids), exact_law(source[0], Sampling())) < 1e-6
+
+
+def test_relaxed_draws_go_farther_and_stay_within_delta(source: Any) -> None:
+    """The first id, which has one law; the later ones' law is of what came before, too."""
+    law, before = source[0].first[0].exp(), -1.0
+    for delta in (0.0, 0.1, 0.3):
+        done = drawn(source, 20000, LENGTH, Relaxation((NEAR,), delta))
+        shares = torch.bincount(done.ids[:, 0, 0], minlength=V) / 20000
+        assert (shares - law).abs().sum() / 2 < delta + 0.015
+        accepted = done.stood[0].double().mean().item()
+        assert accepted > before + 0.05
+        before = accepted
 
 
 def test_a_sample_depends_on_its_own_random_numbers_alone(source: Any) -> None:
@@ -282,6 +295,10 @@ def test_relaxation_from_a_tokenizer_s_codebook(tiny: Callable[..., dict[str, An
     codes = tok.quantizer.lookup(torch.arange(200)[:, None, None])[:, 0]
     distances = torch.cdist(codes, codes).fill_diagonal_(np.inf)
     assert torch.allclose(distances.gather(1, relax.near[0]), distances.sort(dim=1).values[:, :3], atol=1e-5)
+    with pytest.raises(ValueError, match="codebooks of at most"):
+        Relaxation.of(SimpleNamespace(name="t", codebook_sizes=(2**62,), continuous=False), neighbours=2, delta=0.1)
+    with pytest.raises(ValueError, match="has none"):
+        Relaxation.of(SimpleNamespace(name="t", codebook_sizes=(), continuous=True), neighbours=2, delta=0.1)
     with pytest.raises(ValueError, match="1 to 199"):
         Relaxation.of(tok, neighbours=200, delta=0.1)
     both = Relaxation.of(tv.Tokenizer.from_config(tiny("flextok", "library")), neighbours=2, delta=0.1)

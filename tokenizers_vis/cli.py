@@ -78,6 +78,8 @@ def encode(
     law = _prior(prior)
     if law and tok.continuous:
         raise Failure(f"--prior is for ids; the tokens of {tok.name} are vectors")
+    if law:
+        law.generator.check(tok)
     failed: list[str] = []
     batch: list[tuple[Any, Path]] = []
     written: list[int] = []
@@ -210,16 +212,19 @@ def reconstruct(
 def info(
     name: Annotated[str, typer.Argument(help="A preset, a checkpoint, a folder of one, or a file of tokens.")] = "mini",
     weights: Weights = None,
+    prior: Prior = None,
 ) -> None:
     """Show what a tokenizer or a file of tokens is. Nothing is downloaded."""
     from tokenizers_vis.catalogue import downloaded, facts, list_presets, preset
 
+    if prior is not None and Path(name).suffix != ".tok":
+        raise Failure(f"--prior is for .tok files, got {name}")
     released = preset(name) if name in list_presets() and not Path(name).exists() else {}
     terms = {key: released[key] for key in ("hub", "file", "licence", "paper") if key in released}
     if released and weights is None and not downloaded(name):
         _tell(facts(name, released) | terms)
         typer.echo(f"not downloaded yet: encode or load({name!r}) does it, or give its file with --weights")
-    elif (tokens := _read_tokens(Path(name))) is None:
+    elif (tokens := _read_tokens(Path(name), prior)) is None:
         _tell({"name": (tok := _load(name, "cpu", weights)).name, **tok.describe(), **terms})
     else:
         typer.echo(repr(tokens))
@@ -350,14 +355,14 @@ def _prior(name: str | None) -> Any:
     return prior.Prior(generator.load_generator(name, "cpu"))
 
 
-def _read_tokens(path: Path) -> Tokens | Latents | None:
+def _read_tokens(path: Path, prior: str | None) -> Tokens | Latents | None:
     """What a file of tokens holds; None where it is none."""
     from tokenizers_vis.latents import Latents
     from tokenizers_vis.tokens import Tokens
     from tokenizers_vis.weights import read_safetensors
 
     if path.suffix == ".tok":
-        return Tokens.load(path)
+        return Tokens.load(path, _prior(prior))
     if path.suffix == ".safetensors" and read_safetensors(path)[1].get("format") == "tokenizers_vis.latents":
         return Latents.load(path)
     return None

@@ -101,7 +101,7 @@ def resume(folder: str | Path, table: Mapping[str, Any] | None = None) -> Outcom
     if fixed := [line for key, line in changed.items() if key.startswith(FIXED)]:
         raise RunError(
             f"the run in {folder} was started with another recipe: {'; '.join(fixed)}. Put these back, or start a new "
-            f"run with init.tokenizer={folder}"
+            "run with another --out"
         )
     for line in changed.values():
         processes.say(f"the recipe has changed: {line}")
@@ -302,8 +302,8 @@ class Run:
     def _check_data(self, state: Mapping[str, Any]) -> None:
         if state["data"] != self.task.fingerprint:
             raise RunError(
-                f"the data are not those that this run was started on (their names or sizes differ); bring "
-                f"those back, or start a new run with init.tokenizer={self.folder}"
+                "the data are not those that this run was started on (their names or sizes differ); bring those back, "
+                "or start a new run with another --out"
             )
 
     # Checkpoints

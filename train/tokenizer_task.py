@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from tokenizers_vis.config import ConfigError, did_you_mean
+from tokenizers_vis.config import ConfigError, build, did_you_mean
+from tokenizers_vis.decoders.canvas import Canvas, Pixels
 from tokenizers_vis.encoders.base import powers_of_two
 from tokenizers_vis.eval.metrics import CodebookUsage, psnr
 from tokenizers_vis.presets import load
@@ -34,13 +38,14 @@ class InitConfig:
 
     weights: for a preset, its authors' file, in place of a download.
     parts: taken whole, config and weights. freeze: those of them that stay as they are; true is all.
-    adopt: parts of another architecture, which take over the weights of the same name and shape. A canvas of VQGAN
-        codes adopts all it has, from another such canvas or from the 2D VQGAN itself.
+    adopt: parts of another architecture, which take over the weights of the same name and shape; those of patches are
+        resized to the size of the own. A canvas of VQGAN codes adopts all it has, from another such canvas or from the
+        2D VQGAN itself.
 
     tower, tower_weights: a timm model of CLIP or SigLIP, and a local file of it or "" for a download, from which the
         transformer of a dual encoder starts (TokenFlow).
 
-    The canvas is taken whole where it is not adopted.
+    The canvas is taken whole where it is not adopted; one of pixels may differ in the size that is decoded.
     """
 
     tokenizer: str = ""
@@ -202,7 +207,9 @@ def untrained(config: TrainConfig) -> Tokenizer:
     source = load(init.tokenizer, device="cpu", weights=init.weights or None)
     whole = [part for part in dict.fromkeys(("canvas", *init.parts)) if part not in init.adopt]
     for part in whole:
-        if table.setdefault(part, source.config[part]) != source.config[part]:
+        if table.setdefault(part, source.config[part]) != source.config[part] and not (
+            part == "canvas" and _reads_alike(table[part], source)
+        ):
             raise ConfigError(f"tokenizer.{part} differs from that of {init.tokenizer}, which init takes; leave it out")
     if {"encoder", "quantizer"} <= set(init.frozen):
         table["codes"] = source.codes  # the same ids: either decodes the other's files
@@ -215,8 +222,38 @@ def untrained(config: TrainConfig) -> Tokenizer:
             adopt_canvas(tokenizer.canvas, source, init.tokenizer)
             continue
         own, other = (getattr(t, part).state_dict() for t in (tokenizer, source))
-        fitting = {key: value for key, value in other.items() if key in own and own[key].shape == value.shape}
+        resized = {key: resized_patches(key, value, own[key].shape) for key, value in other.items() if key in own}
+        fitting = {key: value for key, value in resized.items() if own[key].shape == value.shape}
         if not fitting:
             raise ConfigError(f"init.adopt: the {part} of {init.tokenizer} has no weight of the same name and shape")
         getattr(tokenizer, part).load_state_dict({**own, **fitting})
     return tokenizer
+
+
+def resized_patches(key: str, value: Tensor, shape: Sequence[int]) -> Tensor:
+    """A weight of patches (p p c numbers in or out) resized to those of another size, others as they are.
+
+    What is written is enlarged by bicubic interpolation in the plane of the patch; what reads does so by mean pixels,
+    the least squares of FlexiViT (https://arxiv.org/abs/2212.08013) for whole multiples.
+    """
+    part, _, name = key.rpartition(".")
+    if part not in ("read_patches", "to_patches") or value.shape == tuple(shape):
+        return value
+    axis = 1 if part == "read_patches" else 0
+    sides = [math.isqrt(size[axis] // 3) for size in (value.shape, shape)]
+    if [3 * side**2 for side in sides] != [value.shape[axis], shape[axis]]:
+        return value
+    before, after = sides
+    planes = rearrange(value.movedim(axis, 0).float(), "(p q c) ... -> c (...) p q", p=before, q=before)
+    if part == "read_patches":
+        planes = F.interpolate(planes, (after, after), mode="area") * (before / after) ** 2
+    else:
+        planes = F.interpolate(planes, (after, after), mode="bicubic", align_corners=False)
+    flat = rearrange(planes, "c n p q -> (p q c) n")
+    resized = flat[:, 0] if value.ndim == 1 else flat.movedim(0, axis)
+    return resized.to(value.dtype).contiguous()
+
+
+def _reads_alike(canvas: dict[str, Any], source: Tokenizer) -> bool:
+    built = build(Canvas, canvas, "canvas")
+    return isinstance(built, Pixels) and built.reads_like(source.canvas)

@@ -37,7 +37,8 @@ def exact_copy(model: _MODEL) -> _MODEL:
     model = copy.deepcopy(model).to("cpu", torch.float64).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
         weight.copy_(on_grid(weight, WEIGHT_BITS))
-        largest = weight.abs().sum(dim=-1).max().item()
+        # Rows of matrices are summed; a bias or the weight of a norm is used number by number.
+        largest = (weight.abs().sum(dim=-1) if weight.ndim > 1 else weight.abs()).max().item()
         if not largest * 2 ** (WEIGHT_BITS + ROW_BITS) < 2**53:
             raise ValueError(f"{name} has weights too large for exact sums: a row of them adds up to {largest:g}")
     for part in model.modules():
@@ -143,7 +144,7 @@ def _mean_square(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def total(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return (on_grid(x, WEIGHT_BITS) if x.is_floating_point() else x).sum(*args, **kwargs)
+    return (on_grid(x.double(), WEIGHT_BITS) if x.is_floating_point() else x).sum(*args, **kwargs)
 
 
 def silu(x: Tensor, inplace: bool = False) -> Tensor:

@@ -68,7 +68,10 @@ class Prior:
                 f"{generator.name} is a {generator.config['model']['kind']} generator, which has no law of the next "
                 f"token; code with a causal or random_order one"
             )
-        if max(generator.codebook_sizes) > _MOST and generator.model.codes.choice_range(0, 0).stop > _MOST:
+        codes = generator.model.codes
+        if any(
+            len(codes.choice_range(place, j)) > _MOST for place in range(codes.per_token) for j in range(codes.draws)
+        ):
             raise ValueError(f"codebooks of more than {_MOST} ids are coded by bits alone: codes.kind = 'bits'")
         try:
             import constriction
@@ -92,7 +95,8 @@ class Prior:
     def to_bytes(self, tokens: Tokens, labels: Label | Sequence[Label] | Tensor = None) -> bytes:
         """The content of a ``.tok`` file: of version 2, or of version 1 where that is not longer.
 
-        labels: one class for all images or one each, by number or name; None is none. They are kept in the file.
+        labels: one class for all images or one each, by number or name; None is none. A file of version 2 keeps them,
+            so that reading it takes none.
 
         It is read back before it is returned. Raises ``ValueError`` for tokens of another tokenizer.
         """

@@ -37,6 +37,7 @@ from tokenizers_vis.tokens import Tokens
 if TYPE_CHECKING:
     from tokenizers_vis.tokenizer import Tokenizer
 
+_MOST = 2**20  # codes of a codebook, each compared with each
 DRAWS = 3  # random numbers of a choice: the proposal, whether it stands, and what comes in its place
 
 
@@ -47,7 +48,7 @@ class Verdict(NamedTuple):
     instead: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Relaxation:
     """near: for each codebook v n, int64, the n nearest other codes of each code, nearest first; ``of`` finds them.
     delta: from 0 to 1; the total variation between what is drawn and the target's law is at most this, at each choice.
@@ -63,8 +64,16 @@ class Relaxation:
 
     @classmethod
     def of(cls, tok: Tokenizer, *, neighbours: int, delta: float) -> Relaxation:
-        """With the nearest codes of a tokenizer's codebooks. Raises ``ValueError`` for more than there are."""
+        """With the nearest codes of a tokenizer's codebooks.
+
+        Raises ``ValueError`` for more neighbours than there are, for a tokenizer of vectors, and for codebooks that are
+        too large for a table.
+        """
         sizes = tok.codebook_sizes
+        if tok.continuous or max(sizes) > _MOST:
+            raise ValueError(
+                f"near codes are those of codebooks of at most {_MOST} codes; {tok.name} has {sizes or 'none'}"
+            )
         check_option(
             1 <= neighbours < min(sizes), f"neighbours are 1 to {min(sizes) - 1}, the other codes there are", neighbours
         )
@@ -98,10 +107,12 @@ class Relaxation:
             wanted = (wanted - given).clamp_min(0)
             spare = (spare - torch.zeros_like(p).index_add_(-1, codes, given)).clamp_min(0)
             left = (left - given.sum(dim=-1, keepdim=True)).clamp_min(0)
+            if left.max() < 1e-12:
+                break
         return torch.where(q > p, q - wanted, q + spare)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pooled(Relaxation):
     """LANTERN's own rule, whose delta bounds each proposal's pooled law, and not the law of what is drawn.
 
