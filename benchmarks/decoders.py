@@ -7,8 +7,9 @@
 
 A decoder is a preset, checkpoint or run folder, with sampling options behind a colon where it takes several passes:
 runs/flow:steps=4,guidance=1.5,solver=heun; steps=6/2 is from coarse to fine. --net is a timm model in whose features
-the distance and KD are measured. Times are processor time with --threads threads, the least of three calls.
-Prints markdown; --out FOLDER keeps it as STUDY.json, and a picture beside it.
+the distance and KD are measured. Pictures of smaller decoders are enlarged to the largest one's. Times are processor
+time with --threads threads, the least of three calls. Prints markdown; --out FOLDER keeps it as STUDY.json, and a
+picture beside it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from tokenizers_vis.eval.features import feature_net
 from tokenizers_vis.eval.metrics import psnr, ssim
 from tokenizers_vis.eval.perceptual import perceptual
 from tokenizers_vis.files import write_atomically
-from tokenizers_vis.generator import Generator
 from tokenizers_vis.pictures import contact_sheet
 from tokenizers_vis.sources import open_source
 from tokenizers_vis.tokenizer import Tokenizer
@@ -63,9 +63,12 @@ class Spec(NamedTuple):
         options = {"guidance": 1, "solver": "euler"} | self.tok.decoder.defaults | self.sampling
         return cost(options["steps"], options["solver"], guided=options["guidance"] != 1)
 
-    def decode(self, tokens: Tokens) -> Tensor:
-        """What a file of 8 bits would hold, b 3 h w in [0, 1]."""
-        return as_saved(self.tok.decode(tokens, batch_size=BATCH, **self.sampling))
+    def decode(self, tokens: Tokens, size: int) -> Tensor:
+        """What a file of 8 bits would hold, b 3 size size in [0, 1]; another size is brought to it, bicubic."""
+        made = self.tok.decode(tokens, batch_size=BATCH, **self.sampling)
+        if made.shape[-1] != size:
+            made = F.interpolate(made, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
+        return (made * 255).round() / 255
 
 
 class Judge:
@@ -102,7 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--size", type=int, default=128, help="rate: side of the photographs (default: 128)")
     parser.add_argument("--bytes", type=int, nargs="+", default=[50, 100, 200], help="rate: budgets of a picture")
-    parser.add_argument("--prior", help="rate: a generator, with whose law .tok files are coded")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where STUDY.json and a picture go")
     options = parser.parse_args(arguments)
@@ -154,13 +156,14 @@ def number(text: str) -> int | float | str:
 
 def by_tokens(decoders: list[Spec], judge: Judge, options: argparse.Namespace) -> tuple[list[dict], Any]:
     """Every decoder at every number of tokens."""
-    photos = pictures(options, same_size(decoders))
+    size = max(spec.tok.image_size for spec in decoders)
+    photos = pictures(options, size)
     codes = encoded(decoders, photos)
     lengths = lengths_of(decoders[0], options) if options.kept else powers_of_two(decoders[0].tok.max_tokens)
     rows, shown = [], {}
     for spec, n in track([(spec, n) for spec in decoders for n in lengths], "decoding"):
         tokens = codes[:, :n]
-        made = spec.decode(tokens)
+        made = spec.decode(tokens, size)
         shown[spec.label, n] = made[:SHOWN]
         rows.append(
             {
@@ -171,7 +174,7 @@ def by_tokens(decoders: list[Spec], judge: Judge, options: argparse.Namespace) -
                 "SSIM": ssim(made, photos).mean().item(),
                 "distance": judge.distances(made, photos).mean().item(),
                 "KD": judge.kd(made, photos),
-                "ms a picture": 1000 * seconds(lambda spec=spec, part=tokens[:BATCH]: spec.decode(part)),
+                "ms a picture": 1000 * seconds(lambda spec=spec, part=tokens[:BATCH]: spec.decode(part, size)),
             }
         )
     kept = lengths[-4:]
@@ -185,7 +188,8 @@ def by_tokens(decoders: list[Spec], judge: Judge, options: argparse.Namespace) -
 
 def by_steps(decoders: list[Spec], judge: Judge, options: argparse.Namespace) -> tuple[list[dict], Any]:
     """Every solver at growing numbers of evaluations, all at full size."""
-    photos = pictures(options, same_size(decoders))
+    size = max(spec.tok.image_size for spec in decoders)
+    photos = pictures(options, size)
     codes = encoded(decoders, photos)
     rows = []
     tried = [
@@ -197,7 +201,7 @@ def by_steps(decoders: list[Spec], judge: Judge, options: argparse.Namespace) ->
     ]
     for spec, n, solver, steps in track(tried, "solving"):
         made = spec._replace(sampling=spec.sampling | {"steps": steps, "solver": solver})
-        drawn = made.decode(codes[:, :n])
+        drawn = made.decode(codes[:, :n], size)
         count = {"steps": steps, "evaluations": evaluations(steps, solver)}
         row = {"decoder": spec.label, "tokens": n, "solver": solver, **count, "PSNR": psnr(drawn, photos).mean().item()}
         rows.append(row | {"distance": judge.distances(drawn, photos).mean().item(), "KD": judge.kd(drawn, photos)})
@@ -211,7 +215,8 @@ def by_steps(decoders: list[Spec], judge: Judge, options: argparse.Namespace) ->
 
 def by_scales(decoders: list[Spec], judge: Judge, options: argparse.Namespace) -> tuple[list[dict], Any]:
     """Walks from coarse to fine against the cheapest walk at full size that comes as near."""
-    photos = pictures(options, same_size(decoders))
+    size = max(spec.tok.image_size for spec in decoders)
+    photos = pictures(options, size)
     codes = encoded(decoders, photos)
     rows = []
     for spec in decoders:
@@ -225,7 +230,7 @@ def by_scales(decoders: list[Spec], judge: Judge, options: argparse.Namespace) -
             for steps in track([*full, *fine], f"{spec.label}, {n} tokens"):
                 walk = steps if len(steps) > 1 else steps[0]
                 made = spec._replace(sampling=spec.sampling | {"steps": walk})
-                distance = judge.distances(made.decode(codes[:, :n]), photos).mean().item()
+                distance = judge.distances(made.decode(codes[:, :n], size), photos).mean().item()
                 head = {"decoder": spec.label, "tokens": n, "steps": "/".join(map(str, steps))}
                 found.append(head | {"evaluations": made.passes, "distance": distance})
             whole = found[: len(full)]
@@ -247,7 +252,6 @@ def by_rate(decoders: list[Spec], judge: Judge, options: argparse.Namespace) -> 
     interpolation.
     """
     photos = pictures(options, options.size)
-    prior = Generator.load(options.prior) if options.prior else None
     rows: list[dict] = []
     shown: list[tuple[str, dict[int, Tensor]]] = []
 
@@ -260,10 +264,9 @@ def by_rate(decoders: list[Spec], judge: Judge, options: argparse.Namespace) -> 
         codes = spec.tok.encode(photos)
         fits: dict[int, Tensor] = {}
         for budget in options.bytes:
-            files = [largest(codes[i : i + 1], budget, prior) for i in range(len(codes))]
-            made = torch.cat([spec.decode(tokens) for tokens, _ in files])
-            made = as_saved(F.interpolate(made, size=photos.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1))
-            tell(spec.label + (" with prior" if prior else ""), budget, [size for _, size in files], made, photos)
+            files = [largest(codes[i : i + 1], budget) for i in range(len(codes))]
+            made = torch.cat([spec.decode(tokens, options.size) for tokens, _ in files])
+            tell(spec.label, budget, [size for _, size in files], made, photos)
             fits[budget] = made[:SHOWN]
         shown.append((spec.label, fits))
     for codec in CODECS:
@@ -291,10 +294,10 @@ def by_rate(decoders: list[Spec], judge: Judge, options: argparse.Namespace) -> 
     return sorted(rows, key=lambda row: row["at most, bytes"]), sheet
 
 
-def largest(tokens: Tokens, budget: int, prior: Any) -> tuple[Tokens, int]:
+def largest(tokens: Tokens, budget: int) -> tuple[Tokens, int]:
     """The longest prefix whose file is of at most ``budget`` bytes, and the file's bytes."""
     for n in range(tokens.n_tokens, 0, -1):
-        if (size := len(tokens[:, :n].to_bytes(prior))) <= budget:
+        if (size := len(tokens[:, :n].to_bytes())) <= budget:
             return tokens[:, :n], size
     raise ValueError(f"no .tok file is of {budget} bytes: its header alone takes more")
 
@@ -328,13 +331,6 @@ STUDIES: dict[str, Study] = {"tokens": by_tokens, "steps": by_steps, "scales": b
 # What they share
 
 
-def same_size(decoders: list[Spec]) -> int:
-    sizes = {spec.tok.image_size for spec in decoders}
-    if len(sizes) > 1:
-        raise ValueError(f"decoders of one size can be compared, these are of {sorted(sizes)} px; rate takes any")
-    return sizes.pop()
-
-
 def pictures(options: argparse.Namespace, size: int) -> Tensor:
     """n 3 s s in [0, 1]."""
     source = open_source(options.data)
@@ -352,10 +348,6 @@ def shown_of(photos: Tensor) -> int:
 
 def lengths_of(spec: Spec, options: argparse.Namespace) -> list[int]:
     return options.kept or [spec.tok.max_tokens]
-
-
-def as_saved(x: Tensor) -> Tensor:
-    return (x * 255).round() / 255
 
 
 def seconds(call: Callable[[], Tensor]) -> float:

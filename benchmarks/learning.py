@@ -46,7 +46,7 @@ from tokenizers_vis.train.tokenizer_task import TokenizerTask
 LEAST = 3.0  # dB above the mean colour, from which on a tokenizer has learned
 WRONG = 0.1  # share of ids that are swapped
 NEAR = 16  # codes among which a near wrong id is drawn
-CLASSES = 20  # of Tiny ImageNet, evenly spaced
+CLASSES = 50  # of Tiny ImageNet, evenly spaced
 VQ = {"kind": "vq", "update": "ema", "kmeans_start": True, "revive_after": 100}
 
 
@@ -154,7 +154,7 @@ def disentangle_claims(runs: Runs) -> list[Claim]:
 def alignment_arms(options: argparse.Namespace) -> dict[str, Arm]:
     fsq = {"kind": "fsq", "levels": [8, 8, 8, 8]}
     teacher = {"teacher": options.teacher, "weights": options.teacher_weights, "size": 3 * options.size}
-    term = {"at": "codes", "match": "mean", "head": "mlp", "hidden": 256, "weight": 0.5}
+    term = {"at": "codes", "match": "mean", "head": "mlp", "hidden": 256, "weight": 2.0}
     return {"off": Arm(fsq, 4), "on": Arm(fsq, 4, loss={"align": [teacher | term]})}
 
 

@@ -1,4 +1,4 @@
-"""The bundled tokenizer keeps what its card promises."""
+"""The bundled tokenizers and the bundled generator keep what their cards promise."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tokenizers_vis as tv
 from tokenizers_vis.catalogue import FOLDER, preset
@@ -13,6 +14,7 @@ from tokenizers_vis.encoders.base import powers_of_two
 from tokenizers_vis.eval.metrics import CodebookUsage, psnr
 from tokenizers_vis.eval.perceptual import perceptual
 from tokenizers_vis.eval.thumbnail import thumbnail
+from tokenizers_vis.generator import FOLDER as GENERATORS
 from tokenizers_vis.images import load_image
 from tokenizers_vis.sources import open_source
 from tokenizers_vis.tokenizer import Tokenizer
@@ -77,3 +79,60 @@ def test_it_uses_its_codebook(mini: Tokenizer, shared: Path) -> None:
     usage = CodebookUsage(mini.codebook_sizes)
     usage.update(mini.encode(validation(shared, mini.image_size, 500)).ids)
     assert usage.compute()[0].used >= 0.8
+
+
+@pytest.fixture(scope="module")
+def mini_flow() -> Tokenizer:
+    return tv.load("mini-flow", device="cpu")
+
+
+def test_all_that_is_bundled_is_small() -> None:
+    files = [*FOLDER.glob("*.safetensors"), *GENERATORS.glob("*.safetensors")]
+    assert {file.stem for file in files} == {"mini", "mini-flow", "mini-tiny-imagenet"}
+    assert all(file.stat().st_size <= 16e6 for file in files)
+    assert sum(file.stat().st_size for file in files) <= 48e6
+
+
+def test_one_file_decodes_with_either(
+    mini: Tokenizer, mini_flow: Tokenizer, photos: list[Path], tmp_path: Path
+) -> None:
+    mini.encode(photos, n_tokens=32).save(tmp_path / "photos.tok")
+    tokens = tv.Tokens.load(tmp_path / "photos.tok")
+    assert torch.equal(mini_flow.encode(photos, n_tokens=32).ids, tokens.ids)
+    assert mini.decode(tokens).shape == (len(photos), 3, 64, 64)
+    drawn = mini_flow.decode(tokens)
+    assert drawn.shape == (len(photos), 3, 128, 128) and mini_flow.image_size == preset("mini-flow")["image_size"]
+    assert mini_flow.decoder.defaults["steps"] == 1 and mini_flow.decoder.defaults["guidance"] == 1
+    torch.testing.assert_close(drawn[:2], mini_flow.decode(tokens[:2]), atol=1e-4, rtol=0)  # whatever stands beside
+    assert (mini_flow.decode(tokens[:2], seed=1) - drawn[:2]).abs().mean() > 1e-3
+    with pytest.raises(ValueError, match="without a null token"):
+        mini_flow.decode(tokens, guidance=1.5)
+
+
+def test_the_flow_decoder_is_nearer_than_an_enlarged_picture(
+    mini: Tokenizer, mini_flow: Tokenizer, shared: Path
+) -> None:
+    images = validation(shared, 128, 60)
+    distance = perceptual(
+        "mobilenetv2_100", str(shared / "weights" / "mobilenetv2_100_same_imagenet1001.fp16.safetensors")
+    )
+    tokens = mini.encode(images)
+    for n in (16, 64):
+        enlarged = F.interpolate(mini.decode(tokens[:, :n]), (128, 128), mode="bicubic", antialias=True).clamp(0, 1)
+        with torch.no_grad():
+            assert distance(mini_flow.decode(tokens[:, :n]), images).mean() < distance(enlarged, images).mean()
+
+
+def test_the_bundled_generator_knows_the_tokens_of_mini(mini: Tokenizer, shared: Path) -> None:
+    gen = tv.load_generator("mini-tiny-imagenet", device="cpu")
+    gen.check(mini)
+    source = open_source(str(shared / "data" / "tiny-imagenet" / "val.tar"))
+    count = 64
+    every = [k * len(source) // count for k in range(count)]
+    labels = [source.labels(i, i + 1)[0] for i in every]
+    tokens = mini.encode(torch.cat(list(val_batches(source, 64, count, count))))
+    told, untold = (gen.bits(tokens, given).mean().item() for given in (labels, None))
+    assert told < untold < 9.0 < 0.8 * mini.bits_per_token
+    drawn = gen.sample(["goldfish", 145, None], n_tokens=8, seed=3)
+    assert drawn.ids.shape == (3, 8, 1) and drawn.tokenizer == "mini"
+    assert torch.equal(drawn.ids[:1], gen.sample("goldfish", n_tokens=8, seed=3).ids)
