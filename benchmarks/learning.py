@@ -152,10 +152,10 @@ def disentangle_claims(runs: Runs) -> list[Claim]:
 
 
 def alignment_arms(options: argparse.Namespace) -> dict[str, Arm]:
-    fsq = {"kind": "fsq", "levels": [8, 8, 8, 8]}
-    teacher = {"teacher": options.teacher, "weights": options.teacher_weights, "size": 3 * options.size}
-    term = {"at": "codes", "match": "mean", "head": "mlp", "hidden": 256, "weight": 2.0}
-    return {"off": Arm(fsq, 4), "on": Arm(fsq, 4, loss={"align": [teacher | term]})}
+    vq = VQ | {"dim": 16, "codebook_size": 512}  # wide codes: their mean has to hold what the teacher knows
+    teacher = {"teacher": options.teacher, "weights": options.teacher_weights, "size": 6 * options.size}
+    term = {"at": "codes", "match": "mean", "head": "mlp", "hidden": 256, "weight": 1.0}
+    return {"off": Arm(vq, 16), "on": Arm(vq, 16, loss={"align": [teacher | term]})}
 
 
 def alignment_measures(tok: Tokenizer, val: Tensor, options: argparse.Namespace) -> dict[str, float]:
