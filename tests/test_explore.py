@@ -109,6 +109,8 @@ def address(saved, tmp_path) -> Iterator[str]:
             text=True,
             cwd=tmp_path,
             env=environment,
+            # What a shell starts in the background ignores Ctrl-C, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as server,
     ):
         try:
