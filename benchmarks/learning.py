@@ -3,7 +3,7 @@
     python benchmarks/learning.py all --data 'photos/train-{0..2}.tar' --val photos/val.tar --out runs/learning \\
         --classes 'tiny-imagenet/train-{0..3}.tar' --classes-val tiny-imagenet/val.tar --teacher-weights FILE
 
-Each run is a tokenizer of half a million weights on photographs of 24 px, a minute or so on one CPU core. The arms of a
+Each run is a tokenizer of half a million weights on photographs of 16 px, a minute or so on one CPU core. The arms of a
 study have one seed's start, pictures, crops and order in common and differ in the part that is studied alone. Losses,
 optimiser, schedule and average are those of ``tokenizers-vis train``; pictures are decoded once and kept in memory.
 Without --classes there is no alignment among "all".
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--teacher-weights", default="", metavar="FILE", help="default: those of timm")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm (default: 3)")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"), help="default: runs/learning")
-    parser.add_argument("--steps", type=int, default=500, help="of each run (default: 500)")
+    parser.add_argument("--steps", type=int, default=700, help="of each run (default: 700)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--width", type=int, default=96, help="of encoder and decoder (default: 96)")
     parser.add_argument("--tokens", type=int, default=16, help="at full length (default: 16)")
@@ -180,9 +180,9 @@ def alignment_claims(runs: Runs) -> list[Claim]:
 
 
 def perturbation_arms(options: argparse.Namespace) -> dict[str, Arm]:
-    vq = VQ | {"dim": 8, "codebook_size": 256}
-    perturbed = {"kind": "perturb", "quantizer": vq, "rate": 0.1, "share": 0.5, "neighbours": 256}
-    return {"off": Arm(vq, 8), "on": Arm(perturbed, 8)}
+    vq = VQ | {"dim": 16, "codebook_size": 512}
+    perturbed = {"kind": "perturb", "quantizer": vq, "rate": 0.1, "share": 0.6, "neighbours": 512}
+    return {"off": Arm(vq, 16), "on": Arm(perturbed, 16)}
 
 
 def perturbation_measures(tok: Tokenizer, val: Tensor, options: argparse.Namespace) -> dict[str, float]:
