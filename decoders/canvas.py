@@ -37,17 +37,23 @@ class Canvas(nn.Module, ABC):
     def read_size(self) -> int:
         return self.image_size
 
-    def fit(self, image: Tensor, resize: Resize | None = None, size: int | None = None) -> Tensor:
-        """One image 3 h w of any size, uint8 or float in [0, 1] -> 3 s s, float32 in [0, 1].
+    def fit(self, image: Tensor, resize: Resize | None = None) -> Tensor:
+        """One image 3 h w of any size, uint8 or float in [0, 1] -> 3 s s, float32 in [0, 1]; s is ``image_size``.
 
-        size: s; None is ``image_size``. ``read`` takes images of ``read_size``, too.
         crop: the shorter side becomes s and the middle is kept. pad: the longer side becomes s, grey fills the rest.
         exact: both sides become s, whatever the aspect. Bicubic with antialiasing; raises ``ValueError``.
         """
+        return self._fitted(image, resize, self.image_size)
+
+    def see(self, image: Tensor, resize: Resize | None = None) -> Tensor:
+        """The image as an encoder is given it: ``fit``, but s is ``read_size``. ``read`` takes either."""
+        return self._fitted(image, resize, self.read_size)
+
+    def _fitted(self, image: Tensor, resize: Resize | None, size: int) -> Tensor:
         how = resize or self.resize
         if how not in get_args(Resize):
             raise ValueError(f"resize is one of {', '.join(get_args(Resize))}; got {how!r}")
-        return fit(image, size or self.image_size, how)
+        return fit(image, size, how)
 
     @property
     def sides(self) -> tuple[int, int | None]:
@@ -102,8 +108,9 @@ class Pixels(Canvas):
 
     def reads_like(self, other: Canvas) -> bool:
         """Whether an encoder sees the same in both."""
-        mine, its = ((c.read_size, c.resize, getattr(c, "span", None)) for c in (self, other))
-        return isinstance(other, Pixels) and mine == its
+        if not isinstance(other, Pixels):
+            return False
+        return (self.read_size, self.resize, self.span) == (other.read_size, other.resize, other.span)
 
     def read(self, images: Tensor) -> Tensor:
         if self.read_size < self.image_size == images.shape[-1]:

@@ -112,7 +112,7 @@ def examine(tok: Tokenizer, images: Sequence[Any], *, resize: Resize | None = No
         raise ValueError(f"{tok.name} has continuous tokens: there are no ids to examine")
     if not images:
         raise ValueError("there are no images to examine: the list is empty")
-    x = torch.stack([tok.canvas.fit(load_image(image), resize).cpu() for image in images])
+    x = torch.stack([tok.canvas.see(load_image(image), resize).cpu() for image in images])
     front = _Front(tok.canvas, tok.encoder, tok.quantizer)
     z, ids = front.look(x, batch_size)
 

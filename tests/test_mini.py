@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import tokenizers_vis as tv
+from tokenizers_vis import cli
 from tokenizers_vis.catalogue import FOLDER, preset
 from tokenizers_vis.encoders.base import powers_of_two
 from tokenizers_vis.eval.metrics import CodebookUsage, psnr
@@ -107,6 +108,16 @@ def test_one_file_decodes_with_either(
     assert (mini_flow.decode(tokens[:2], seed=1) - drawn[:2]).abs().mean() > 1e-3
     with pytest.raises(ValueError, match="without a null token"):
         mini_flow.decode(tokens, guidance=1.5)
+
+
+def test_the_command_line_gives_both_the_same_ids(photos: list[Path], tmp_path: Path) -> None:
+    for name in ("mini", "mini-flow"):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["encode", *map(str, photos), "--out", str(tmp_path / name), "--tokenizer", name])
+        assert ended.value.code == 0
+    for photo in photos:
+        one, other = (tv.Tokens.load(tmp_path / name / f"{photo.stem}.tok") for name in ("mini", "mini-flow"))
+        assert torch.equal(one.ids, other.ids), photo.stem
 
 
 def test_the_flow_decoder_is_nearer_than_an_enlarged_picture(

@@ -96,7 +96,7 @@ def encode(
     with _progress() as progress:
         for (image, _), target in progress.track(list(zip(images, targets, strict=True)), description="encoding"):
             try:
-                batch.append((tok.canvas.fit(load_image(image), resize), target))
+                batch.append((tok.canvas.see(load_image(image), resize), target))
             except ImageError as error:
                 failed.append(str(error))
                 progress.console.print(f"skipped: {error}", markup=False, highlight=False, soft_wrap=True)
@@ -403,9 +403,10 @@ def _sheet(
     from tokenizers_vis.images import load_image
     from tokenizers_vis.pictures import contact_sheet
 
-    originals = torch.stack([tok.canvas.fit(load_image(image), resize) for image in images])
+    views = [(tok.canvas.fit(image, resize), tok.canvas.see(image, resize)) for image in map(load_image, images)]
+    originals, seen = map(torch.stack, zip(*views, strict=True))
     # The same noise for each length, so that columns differ by their tokens alone.
-    columns = [tok.reconstruct(originals, n, **_sampling(steps, guidance, seed)).cpu() for n in lengths]
+    columns = [tok.reconstruct(seen, n, **_sampling(steps, guidance, seed)).cpu() for n in lengths]
     scores = [psnr(column, originals) for column in columns]
     rows = [[*(column[i] for column in columns), originals[i]] for i in range(len(images))]
     captions = [

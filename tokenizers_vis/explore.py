@@ -101,9 +101,10 @@ class Explorer:
         """photo: as ``load_image`` takes it. n_tokens: at most what the tokenizer has; it may leave no choice."""
         tok = self.tokenizer(name)
         n = min(int(n_tokens), tok.max_tokens) if tok.nested else tok.max_tokens
-        seen = tok.canvas.fit(load_image(photo))
+        image = load_image(photo)
+        seen, read = tok.canvas.fit(image), tok.canvas.see(image)
         start = time.perf_counter()
-        tokens = tok.encode(seen, n)
+        tokens = tok.encode(read, n)
         between = time.perf_counter()
         painted = tok.decode(tokens)[0].cpu()
         seconds = between - start, time.perf_counter() - between

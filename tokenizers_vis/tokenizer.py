@@ -196,8 +196,7 @@ class Tokenizer(nn.Module):
         found = []
         with _at_rest(self.encoder, self.quantizer):
             for batch in _chunks(items, batch_size):
-                fitted = (self.canvas.fit(load_image(item), resize, self.canvas.read_size) for item in batch)
-                x = torch.stack([image.to(self.device) for image in fitted])
+                x = torch.stack([self.canvas.see(load_image(item), resize).to(self.device) for item in batch])
                 z = self.encoder(self.canvas.read(x).to(self.dtype), n)
                 quantized = self.quantizer(z)
                 found.append(quantized.codes if self.continuous else quantized.ids)

@@ -236,7 +236,7 @@ def resized_patches(key: str, value: Tensor, shape: Sequence[int]) -> Tensor:
     What is written is enlarged by bicubic interpolation in the plane of the patch; what reads does so by mean pixels,
     the least squares of FlexiViT (https://arxiv.org/abs/2212.08013) for whole multiples.
     """
-    part, _, name = key.rpartition(".")
+    part = key.rpartition(".")[0]
     if part not in ("read_patches", "to_patches") or value.shape == tuple(shape):
         return value
     axis = 1 if part == "read_patches" else 0
