@@ -16,6 +16,7 @@ from PIL import Image
 
 import tokenizers_vis as tv
 from tokenizers_vis.config import override
+from tokenizers_vis.train.loop import fit, resume
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,3 +123,17 @@ def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
     assert len(lines) == 120 + 3 and lines == killed_lines
     for one, other in zip(weights, killed_weights, strict=True):
         assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_what_a_kill_left_aside_goes_with_the_next_call(tmp_path: Path) -> None:
+    """safetensors writes aside under a name of its own, which a kill leaves; a user's own hidden files stay."""
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "data" / "0.png")
+    table = override(tomllib.loads(RECIPE), [f"data.train={tmp_path / 'data'}", "optim.steps=1", "log.save_every=1"])
+    run = tmp_path / "run"
+    fit(table, run)
+    left = [".0123456789abcdef.pt", ".0123456789abcdef.safetensors", ".tmp7r0V5b"]
+    for name in (*left, ".gitignore", ".tmp-notes"):
+        (run / name).touch()
+    resume(run)
+    assert sorted(path.name for path in run.glob(".*")) == [".gitignore", ".tmp-notes"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -366,7 +367,8 @@ class Run:
         """What a kill in the middle of writing left aside."""
         if self.processes.main:
             for path in self.folder.glob(".*"):
-                if path.suffix in (".pt", ".safetensors", ".jsonl", ".toml"):
+                # safetensors, too, writes aside: .tmp and six letters or digits, without a suffix.
+                if path.suffix in (".pt", ".safetensors", ".jsonl", ".toml") or re.fullmatch(r"\.tmp\w{6}", path.name):
                     path.unlink(missing_ok=True)
 
     def _load(self, state: Mapping[str, Any], module: nn.Module, weights: Mapping[str, Tensor]) -> None:
