@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from tokenizers_vis.train.loop import Outcome
 
 
 def train(
@@ -71,12 +74,7 @@ def train(
             outcome = loop.fit(table, out or Path("runs") / str(table.get("name", "run")))
     except ModuleNotFoundError as error:
         raise ValueError(f"training needs {error.name}: pip install 'tokenizers-vis[train]'") from error
-    if outcome.finished:
-        typer.echo(f"trained {outcome.step} steps; the tokenizer is {outcome.folder / 'tokenizer.safetensors'}")
-    else:
-        command = shlex.join(["tokenizers-vis", "train", "--resume", str(outcome.folder)])
-        typer.echo(f"stopped after step {outcome.step}; go on with: {command}", err=True)
-        raise typer.Exit(130)
+    _tell(outcome, "tokenizer", "train")
 
 
 def tokenize(
@@ -225,12 +223,7 @@ def distill(
             outcome = loop.fit(table, out or Path("runs") / str(table.get("name", "run")))
     except ModuleNotFoundError as error:
         raise ValueError(f"training needs {error.name}: pip install 'tokenizers-vis[train]'") from error
-    if outcome.finished:
-        typer.echo(f"trained {outcome.step} steps; the tokenizer is {outcome.folder / 'tokenizer.safetensors'}")
-    else:
-        command = shlex.join(["tokenizers-vis", "distill", "--resume", str(outcome.folder)])
-        typer.echo(f"stopped after step {outcome.step}; go on with: {command}", err=True)
-        raise typer.Exit(130)
+    _tell(outcome, "tokenizer", "distill")
 
 
 def train_generator(
@@ -267,9 +260,14 @@ def train_generator(
             outcome = loop.fit(table, out or Path("runs") / str(table.get("name", "run")))
     except ModuleNotFoundError as error:
         raise ValueError(f"training needs {error.name}: pip install 'tokenizers-vis[train,generate]'") from error
+    _tell(outcome, "generator", "train-generator")
+
+
+def _tell(outcome: Outcome, what: str, command: str) -> None:
+    """How a run ended. what: it made. A stopped one ends the process with 130, as Ctrl-C does."""
     if outcome.finished:
-        typer.echo(f"trained {outcome.step} steps; the generator is {outcome.folder / 'generator.safetensors'}")
-    else:
-        command = shlex.join(["tokenizers-vis", "train-generator", "--resume", str(outcome.folder)])
-        typer.echo(f"stopped after step {outcome.step}; go on with: {command}", err=True)
-        raise typer.Exit(130)
+        typer.echo(f"trained {outcome.step} steps; the {what} is {outcome.folder / f'{what}.safetensors'}")
+        return
+    words = shlex.join(["tokenizers-vis", command, "--resume", str(outcome.folder)])
+    typer.echo(f"stopped after step {outcome.step}; go on with: {words}", err=True)
+    raise typer.Exit(130)

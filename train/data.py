@@ -166,6 +166,11 @@ class TrainBatches(Iterator[Batch]):
         self._batches = _Batches(source, image_size, batch_size, seed, crop, flip, rows, square)
         self._running: Any = None  # the iterator of a loader, while there is one
 
+    @classmethod
+    def of(cls, source: ImageSource, data: DataConfig, **where: int) -> TrainBatches:
+        """As ``data`` says. where: the other options."""
+        return cls(source, crop=data.crop, square=data.square, flip=data.flip, workers=data.workers, **where)
+
     def __next__(self) -> Batch:
         if self._running is None:
             with _hold_interrupts():

@@ -137,19 +137,10 @@ class DistillTask(Task):
         return {"student": self.model.config, "teacher": self._table, "weights": self._teacher[0].state_dict()}
 
     def batches(self, start: int, rank: int, world: int) -> TrainBatches:
-        data = self.config.data
-        return TrainBatches(
-            self.source,
-            image_size=self.model.image_size,
-            batch_size=self.config.optim.batch_size,
-            seed=self.config.seed,
-            crop=data.crop,
-            square=data.square,
-            flip=data.flip,
-            workers=data.workers,
-            start=start,
-            rank=rank,
-            world=world,
+        size, batch_size, seed = self.model.image_size, self.config.optim.batch_size, self.config.seed
+        place = {"start": start, "rank": rank, "world": world}
+        return TrainBatches.of(
+            self.source, self.config.data, image_size=size, batch_size=batch_size, seed=seed, **place
         )
 
     def set_modes(self) -> None:

@@ -147,7 +147,7 @@ def tokenize(
         raise ValueError(f"{tok.name} has continuous tokens: there are no ids to write; choose one with a codebook")
     how = resize or tok.canvas.resize
     # A first image, before anything is written: n_tokens and resize may be wrong.
-    n = tok.encode(torch.zeros(3, tok.image_size, tok.image_size), n_tokens, resize=how).n_tokens
+    n = tok.encode(torch.zeros(3, tok.canvas.read_size, tok.canvas.read_size), n_tokens, resize=how).n_tokens
     source = open_source(data)
     classes = tuple(classes) or source.classes
     origin = Origin(
@@ -156,7 +156,7 @@ def tokenize(
         codebook_sizes=tok.codebook_sizes,
         nested=tok.nested,
         n_tokens=n,
-        augmentation=crops.record(tok.image_size, how),
+        augmentation=crops.record(tok.canvas.read_size, how),
         classes=classes,
     )
     folder, everything = Path(out), source.parts(part_size)
@@ -171,7 +171,7 @@ def tokenize(
     images, all_skipped = 0, {}
 
     def look(job: range) -> list[Tensor | str]:
-        return [_view(source, i, crops, tok.image_size, how) for i in job]
+        return [_view(source, i, crops, tok.canvas.read_size, how) for i in job]
 
     with closing(_ahead(look, ranges, workers)) as ready:
         for part in waiting:
