@@ -53,10 +53,10 @@ def read_pickle(path: str | Path) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values, and is refused: reading it would run code. Ask its "
-            f"authors for safetensors, or convert it where you trust it. ({_first_line(error)})"
+            f"authors for safetensors, or convert it where you trust it. ({first_line(error)})"
         ) from error
     except (OSError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a torch file: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read as a torch file: {first_line(error)}") from error
 
 
 def read_state(path: str | Path) -> Any:
@@ -77,7 +77,7 @@ def fetch(hub: str, file: str, sha256: str = "") -> Path:
         path = Path(hf_hub_download(hub, file))
     except Exception as error:  # offline, no such repository, gated, a broken connection, a full disk
         raise CheckpointError(
-            f"{file} of {hub} cannot be had from the Hugging Face Hub: {_first_line(error).rstrip('.')}. Without a "
+            f"{file} of {hub} cannot be had from the Hugging Face Hub: {first_line(error).rstrip('.')}. Without a "
             f"connection: download it where there is one, and give its folder, load(name, weights='path/to/folder') "
             f"or --weights path/to/folder"
         ) from error
@@ -159,5 +159,5 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str) -
     module.load_state_dict({key: state[key].to(wanted[key].dtype) for key in wanted}, assign=empty)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -10,22 +10,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokenizers_vis.config import ConfigError, did_you_mean, read_toml, to_toml
 from tokenizers_vis.files import write_atomically
 from tokenizers_vis.quantizers.base import NotFiniteError
+from tokenizers_vis.train.checkpoints import NEWEST, Checkpoints, load_weights, read_checkpoint
 from tokenizers_vis.train.health import alarms, peak_flops, training_flops
 from tokenizers_vis.train.journal import Journal, stop_on_signal
 from tokenizers_vis.train.losses import Losses
@@ -75,7 +74,7 @@ def fit(table: Mapping[str, Any], folder: str | Path) -> Outcome:
     config = read_config(table)
     folder = Path(folder)
     processes = Processes(config)
-    if any((folder / name).exists() for name in ("checkpoint.pt", "tokenizer.safetensors", "generator.safetensors")):
+    if any((folder / name).exists() for name in (NEWEST, "tokenizer.safetensors", "generator.safetensors")):
         raise RunError(f"{folder} already holds a run; go on with --resume {folder}, or choose another --out")
     run = Run(config, folder, processes)
     if processes.main:
@@ -91,13 +90,13 @@ def resume(folder: str | Path, table: Mapping[str, Any] | None = None) -> Outcom
     table: a recipe that the run should be of; where it says another thing, ``RunError`` names the keys.
     """
     folder = Path(folder)
-    if not (folder / "checkpoint.pt").is_file():
-        raise RunError(f"{folder} holds no checkpoint.pt to go on from; start the run anew with --out {folder}")
+    if not (folder / NEWEST).is_file():
+        raise RunError(f"{folder} holds no {NEWEST} to go on from; start the run anew with --out {folder}")
     config = read_config(read_toml(folder / "recipe.toml"))
     if table is not None:
         config = read_config(table)
     processes = Processes(config)
-    state = read_checkpoint(folder, processes)
+    state = read_checkpoint(folder, processes.say)
     changed = differences(state["recipe"], dataclasses.asdict(config))
     if fixed := [line for key, line in changed.items() if key.startswith(FIXED)]:
         raise RunError(
@@ -133,15 +132,15 @@ class Run:
         torch.manual_seed(config.seed)
         self.task = task_type(config.task)(config, self.device, state and state["built"]).to(self.device)
         self.step, self.skipped, self.best = 0, 0, -math.inf
-        self.saved: int | None = None  # the step of the checkpoint in the folder
+        self.checkpoints = Checkpoints(folder, config.log.keep, state and state["step"])
         self.lost = 0
         self.history: deque[dict[str, float]] = deque(maxlen=100)
         if state is not None:
             self._check_data(state)
-            self._load(state, self.task, state["model"])
+            load_weights(self.task, state["model"], folder)
         self.average = Average(self.task.model, config.optim.ema)
         if state is not None:
-            self._load(state, self.average.model, state["average"])
+            load_weights(self.average.model, state["average"], folder)
         if config.compile or config.checkpointing:
             _prepare_blocks(self.task.model, config)
         self.wrapped, self.optimizer = processes.prepare(self.task, lambda task: adamw(task, config.optim))
@@ -150,7 +149,7 @@ class Run:
         if self.task.critic is not None:
             self.task.critic.to(self.device)
             if state is not None:
-                self._load(state, self.task.critic, state["critic"])
+                load_weights(self.task.critic, state["critic"], folder)
             options = self.task.critic.optim(config.optim)
             # Small beside the model: never sharded.
             self.critic, self.critic_optimizer = processes.prepare(
@@ -167,7 +166,8 @@ class Run:
     def train(self) -> Outcome:
         optim, log = self.config.optim, self.config.log
         self.task.set_modes()
-        self._clean()
+        if self.processes.main:
+            self.checkpoints.clean()
         batches = self.task.batches(self.step, self.processes.rank, self.processes.world)
         journal = Journal(self.folder, self.step, optim.steps, optim.batch_size, self.task.rows, self.processes.main)
         # Known for GPUs alone; a graph that was compiled hides its arithmetic.
@@ -195,7 +195,7 @@ class Run:
                     self.validate(journal)
                 if self.step % log.save_every == 0 or self.step == optim.steps:
                     self.write_checkpoint()
-            if self.saved != self.step:
+            if self.checkpoints.saved != self.step:
                 self.write_checkpoint()
         return Outcome(self.folder, self.step, self.step >= optim.steps)
 
@@ -260,16 +260,17 @@ class Run:
 
     def _broken(self, what: str, data: Any, rng: Tensor) -> RunError:
         """The error to raise; the step is saved first, so that it can be looked at."""
-        kept = "no checkpoint was written yet" if self.saved is None else f"the checkpoint of step {self.saved} is kept"
+        saved = self.checkpoints.saved
+        kept = "no checkpoint was written yet" if saved is None else f"the checkpoint of step {saved} is kept"
         state = {"step": self.step, "data": data, "rng": rng, "model": self.task.state_dict(), "what": what}
-        saved = ""
+        looked_at = ""
         if self.processes.sharded is False:
             name = f"broken-{self.processes.rank}.pt"
             with suppress(OSError, RuntimeError):
                 write_atomically(self.folder / name, lambda path: torch.save(state, path))
-                saved = f" (its pictures, weights and random state are in {name})"
+                looked_at = f" (its pictures, weights and random state are in {name})"
         return RunError(
-            f"{what} at step {self.step + 1}{saved}; {kept}. Try a lower optim.lr or a longer optim.warmup in "
+            f"{what} at step {self.step + 1}{looked_at}; {kept}. Try a lower optim.lr or a longer optim.warmup in "
             f"{self.folder / 'recipe.toml'}, then go on with --resume"
         )
 
@@ -286,7 +287,8 @@ class Run:
                 score = self.task.score(found.scalars)
                 if score is not None and score > self.best:
                     self.best = score
-                    self._write(lambda: self.task.save(model, self.folder, "best.safetensors"))
+                    save = functools.partial(self.task.save, model, self.folder, "best.safetensors")
+                    self.checkpoints.guarded(self.step, save)
                 journal.validation(self.step, found.scalars, found.sheet)
         self.processes.wait()
 
@@ -329,56 +331,15 @@ class Run:
             "critic": None if self.critic is None else self.task.critic.state_dict(),
             "critic_optimizer": None if self.critic is None else self.critic_optimizer.state_dict(),
         }
+
+        def write() -> None:
+            self.checkpoints.save(state)
+            self.task.save(average, self.folder)
+
         if self.processes.main:
-            self._write(lambda: self._save(state, average))
+            self.checkpoints.guarded(self.step, write)
         self.processes.wait()
-        self.saved = self.step
-
-    def _save(self, state: dict[str, Any], average: nn.Module) -> None:
-        newest = self.folder / "checkpoint.pt"
-        before = self.saved
-
-        def put(path: Path) -> None:
-            torch.save(state, path)
-            if self.config.log.keep > 1 and before not in (None, self.step) and newest.exists():
-                # A second name for the old file; the rename that follows takes only the first one away.
-                kept = self.folder / f"checkpoint-{before:07d}.pt"
-                kept.unlink(missing_ok=True)
-                kept.hardlink_to(newest)
-
-        write_atomically(newest, put)
-        self.saved = self.step
-        older = sorted(self.folder.glob("checkpoint-*.pt"))
-        for path in older[: max(0, len(older) - self.config.log.keep + 1)]:
-            path.unlink()
-        self.task.save(average, self.folder)
-
-    def _write(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer in C++ raises RuntimeError
-            kept = "there is none yet" if self.saved is None else f"that of step {self.saved} is whole"
-            raise RunError(
-                f"cannot write the checkpoint of step {self.step} in {self.folder}, {kept}: "
-                f"{first_line(error)}. Make room on the disk, then go on with --resume"
-            ) from error
-
-    def _clean(self) -> None:
-        """What a kill in the middle of writing left aside."""
-        if self.processes.main:
-            for path in self.folder.glob(".*"):
-                # safetensors, too, writes aside: .tmp and six letters or digits, without a suffix.
-                if path.suffix in (".pt", ".safetensors", ".jsonl", ".toml") or re.fullmatch(r"\.tmp\w{6}", path.name):
-                    path.unlink(missing_ok=True)
-
-    def _load(self, state: Mapping[str, Any], module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        try:
-            module.load_state_dict(weights)
-        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-            raise RunError(
-                f"the checkpoint in {self.folder} is not of the run that recipe.toml beside it describes: "
-                f"{first_line(error)}"
-            ) from error
+        self.checkpoints.saved = self.step  # in every process, so that all agree on what is left to write
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         """Optimiser, counts and random states; the weights are loaded already."""
@@ -387,7 +348,7 @@ class Run:
         processes.load_scaler(state["scaler"])
         if self.critic is not None:
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        self.step = self.saved = state["step"]
+        self.step = state["step"]
         self.best = state["best"]
         before, now = len(state["rng"]), processes.world
         self.skipped = state["skipped"][processes.rank] if before == now else sum(state["skipped"]) * processes.main
@@ -402,28 +363,6 @@ class Run:
             "but random draws (lengths, noise) are others than they would have been"
         )
         torch.manual_seed(hash((self.config.seed, self.step, processes.rank)) % 2**63)
-
-
-def read_checkpoint(folder: Path, processes: Processes) -> dict[str, Any]:
-    """The newest checkpoint that can be read. Raises ``RunError``."""
-    wrong = []
-    for file in [folder / "checkpoint.pt", *sorted(folder.glob("checkpoint-*.pt"), reverse=True)]:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            if missing := [
-                key for key in ("step", "recipe", "built", "model", "average", "optimizer") if key not in state
-            ]:
-                raise ValueError(f"it lacks {', '.join(missing)}")
-        except Exception as error:  # on damaged bytes torch raises nearly anything
-            wrong.append(f"{file} is damaged and cannot be read: {first_line(error)}")
-            continue
-        for line in wrong:
-            processes.say(f"{line}; going on from {file.name}, step {state['step']}")
-        return state
-    raise RunError(
-        f"{wrong[0]}. Start a new run; its init.tokenizer may be {folder}, whose averaged weights are in a file of "
-        "their own"
-    )
 
 
 def _prepare_blocks(model: nn.Module, config: RunConfig) -> None:
@@ -483,7 +422,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items() if item is not None}
     return value
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
