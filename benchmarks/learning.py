@@ -51,12 +51,13 @@ VQ = {"kind": "vq", "update": "ema", "kmeans_start": True, "revive_after": 100}
 
 
 class Arm(NamedTuple):
-    """What one side of a study trains. share: of the images that are shortened."""
+    """What one side of a study trains. share: of the images that are shortened. depth: of the decoder."""
 
     quantizer: dict[str, Any]
     dim: int
     share: float = 0.0
     loss: dict[str, Any] = {}  # noqa: RUF012 (read only)
+    depth: int = 1
 
 
 class Claim(NamedTuple):
@@ -181,8 +182,9 @@ def alignment_claims(runs: Runs) -> list[Claim]:
 
 def perturbation_arms(options: argparse.Namespace) -> dict[str, Arm]:
     vq = VQ | {"dim": 16, "codebook_size": 512}
-    perturbed = {"kind": "perturb", "quantizer": vq, "rate": 0.1, "share": 0.6, "neighbours": 512}
-    return {"off": Arm(vq, 16), "on": Arm(perturbed, 16)}
+    perturbed = {"kind": "perturb", "quantizer": vq, "rate": 0.1, "share": 0.4, "neighbours": 512}
+    # A decoder of one block cannot tell a wrong code by the others; one of three can.
+    return {"off": Arm(vq, 16, depth=3), "on": Arm(perturbed, 16, depth=3)}
 
 
 def perturbation_measures(tok: Tokenizer, val: Tensor, options: argparse.Namespace) -> dict[str, float]:
@@ -271,7 +273,7 @@ def recipe(arm: Arm, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             "canvas": {"kind": "pixels", "size": options.size},
             "encoder": {"kind": "flextok", "standardize": True, "lengths": lengths, **part},
             "quantizer": arm.quantizer,
-            "decoder": {"kind": "vit", **part},
+            "decoder": {"kind": "vit", **part, "depth": arm.depth},
         },
         "optim": {
             "steps": options.steps,
