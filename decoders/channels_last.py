@@ -33,10 +33,10 @@ def is_large(x: Tensor, growth: int) -> bool:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation of VQGANs, 32 groups and eps 1e-6, as exact with channels last as otherwise."""
+    """Group normalisation of VQGANs, with eps 1e-6, as exact with channels last as otherwise."""
 
-    def __init__(self, c: int) -> None:
-        super().__init__(32, c, eps=1e-6)
+    def __init__(self, c: int, groups: int) -> None:
+        super().__init__(groups, c, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

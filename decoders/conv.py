@@ -35,12 +35,12 @@ Style = Literal["taming", "maskgit"]
 class ResBlock(nn.Module):
     """Twice group norm, SiLU and a 3x3 conv, around which the input goes: b in h w -> b out h w."""
 
-    def __init__(self, c_in: int, c_out: int, style: Style) -> None:
+    def __init__(self, c_in: int, c_out: int, style: Style, norm_groups: int) -> None:
         super().__init__()
         bias = style == "taming"
-        self.norm1 = GroupNorm(c_in)
+        self.norm1 = GroupNorm(c_in, norm_groups)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
-        self.norm2 = GroupNorm(c_out)
+        self.norm2 = GroupNorm(c_out, norm_groups)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=bias)
         # The published weights of MaskGIT's VQGAN were trained with a shortcut that forgets the block's input.
         self.forgets = style == "maskgit" and c_in != c_out
@@ -57,9 +57,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """One head over all places of the grid, around which the input goes: b c h w -> b c h w."""
 
-    def __init__(self, c: int) -> None:
+    def __init__(self, c: int, norm_groups: int) -> None:
         super().__init__()
-        self.norm = GroupNorm(c)
+        self.norm = GroupNorm(c, norm_groups)
         self.qkv = nn.Conv2d(c, 3 * c, 1)
         self.out = nn.Conv2d(c, c, 1)
 
@@ -99,11 +99,19 @@ class Level(nn.Module):
     """Residual blocks at one size, each with attention after it or not, then the step to the next size."""
 
     def __init__(
-        self, c_in: int, c_out: int, blocks: int, style: Style, *, attention: bool, resample: nn.Module
+        self,
+        c_in: int,
+        c_out: int,
+        blocks: int,
+        style: Style,
+        norm_groups: int,
+        *,
+        attention: bool,
+        resample: nn.Module,
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(ResBlock(c_out if i else c_in, c_out, style) for i in range(blocks))
-        self.attention = nn.ModuleList(Attention(c_out) for _ in range(blocks if attention else 0))
+        self.blocks = nn.ModuleList(ResBlock(c_out if i else c_in, c_out, style, norm_groups) for i in range(blocks))
+        self.attention = nn.ModuleList(Attention(c_out, norm_groups) for _ in range(blocks if attention else 0))
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,9 +125,11 @@ class Level(nn.Module):
 class DownPath(nn.Module):
     """A picture b channels H W -> features b width h w, where h = H / 2^(levels - 1).
 
-    ch: width of the first level; each width is ``ch`` times its ``channel_mult`` and a multiple of 32.
+    ch: width of the first level; each width is ``ch`` times its ``channel_mult`` and a multiple of ``norm_groups``.
     channel_mult: one for each level, from the finest. num_res_blocks: of each level.
     attention: numbers of the levels that have it, 0 for the finest.
+    norm_groups: of the norms. Published nets have 32, at 4 channels a group or more. A narrow net wants fewer: a
+        channel that is a group of its own loses its mean, and with it colour and brightness.
     """
 
     def __init__(
@@ -131,17 +141,19 @@ class DownPath(nn.Module):
         channels: int,
         attention: Sequence[int],
         style: Style,
+        norm_groups: int,
     ) -> None:
         super().__init__()
         widths = [ch * mult for mult in channel_mult]
-        _check_levels(widths, attention)
+        _check_levels(widths, attention, norm_groups)
         self.width, last = widths[-1], len(widths) - 1
         self.first = nn.Conv2d(channels, ch, 3, padding=1, bias=style == "taming")
         self.levels = nn.Sequential()
         for i, (c_in, c_out) in enumerate(zip([ch, *widths], widths, strict=False)):
             resample = nn.Identity() if i == last else Halve(c_out) if style == "taming" else nn.AvgPool2d(2)
-            self.levels.append(Level(c_in, c_out, num_res_blocks, style, attention=i in attention, resample=resample))
-        self.middle = middle(self.width, num_res_blocks, style)
+            options = {"attention": i in attention, "resample": resample}
+            self.levels.append(Level(c_in, c_out, num_res_blocks, style, norm_groups, **options))
+        self.middle = middle(self.width, num_res_blocks, style, norm_groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.middle(self.levels(self.first(fast_layout(x))))
@@ -159,18 +171,20 @@ class UpPath(nn.Module):
         z_channels: int,
         attention: Sequence[int],
         style: Style,
+        norm_groups: int,
     ) -> None:
         super().__init__()
         widths = [ch * mult for mult in channel_mult]
-        _check_levels(widths, attention)
+        _check_levels(widths, attention, norm_groups)
         self.width, c_in = widths[0], widths[-1]
         self.first = nn.Conv2d(z_channels, c_in, 3, padding=1)
-        self.middle = middle(c_in, num_res_blocks, style)
+        self.middle = middle(c_in, num_res_blocks, style, norm_groups)
         self.levels = nn.Sequential()
         blocks = num_res_blocks + (style == "taming")
         for i, c_out in reversed(list(enumerate(widths))):
             resample = Double(c_out) if i else nn.Identity()
-            self.levels.append(Level(c_in, c_out, blocks, style, attention=i in attention, resample=resample))
+            options = {"attention": i in attention, "resample": resample}
+            self.levels.append(Level(c_in, c_out, blocks, style, norm_groups, **options))
             c_in = c_out
 
     def forward(self, z: Tensor) -> Tensor:
@@ -180,9 +194,9 @@ class UpPath(nn.Module):
 class Head(nn.Module):
     """Group norm, SiLU and the last conv: b in h w -> b out h w."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int = 3) -> None:
+    def __init__(self, c_in: int, c_out: int, norm_groups: int, kernel: int = 3) -> None:
         super().__init__()
-        self.norm = GroupNorm(c_in)
+        self.norm = GroupNorm(c_in, norm_groups)
         self.conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,10 +206,10 @@ class Head(nn.Module):
 class ConvEncoder(nn.Module):
     """A picture b channels H W -> z b z_channels h w. Arguments as in ``DownPath``."""
 
-    def __init__(self, *, z_channels: int, style: Style, **path: Any) -> None:
+    def __init__(self, *, z_channels: int, style: Style, norm_groups: int, **path: Any) -> None:
         super().__init__()
-        self.path = DownPath(style=style, **path)
-        self.head = Head(self.path.width, z_channels, kernel=3 if style == "taming" else 1)
+        self.path = DownPath(style=style, norm_groups=norm_groups, **path)
+        self.head = Head(self.path.width, z_channels, norm_groups, kernel=3 if style == "taming" else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.path(x))
@@ -204,10 +218,10 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """z b z_channels h w -> a picture b channels H W. Arguments as in ``UpPath``."""
 
-    def __init__(self, *, channels: int, **path: Any) -> None:
+    def __init__(self, *, channels: int, norm_groups: int, **path: Any) -> None:
         super().__init__()
-        self.path = UpPath(**path)
-        self.head = Head(self.path.width, channels)
+        self.path = UpPath(norm_groups=norm_groups, **path)
+        self.head = Head(self.path.width, channels, norm_groups)
 
     def forward(self, z: Tensor) -> Tensor:
         return self.head(self.path(z))
@@ -234,6 +248,7 @@ class GridDecoder(Decoder):
         channels: int = 3,
         attention: tuple[int, ...] = (),
         style: Style = "taming",
+        norm_groups: int = 32,
         objective: Literal["l1", "l2"] = "l2",
     ) -> None:
         super().__init__()
@@ -249,6 +264,7 @@ class GridDecoder(Decoder):
             channels=channels,
             attention=attention,
             style=style,
+            norm_groups=norm_groups,
         )
 
     def forward(self, codes: Tensor, lengths: Tensor | None = None, **sampling: Any) -> Tensor:
@@ -271,11 +287,13 @@ def silu(x: Tensor) -> Tensor:
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
-def middle(c: int, num_res_blocks: int, style: Style) -> nn.Sequential:
+def middle(c: int, num_res_blocks: int, style: Style, norm_groups: int) -> nn.Sequential:
     """What stands at the coarsest size."""
     if style == "taming":
-        return nn.Sequential(ResBlock(c, c, style), Attention(c), ResBlock(c, c, style))
-    return nn.Sequential(*(ResBlock(c, c, style) for _ in range(num_res_blocks)))
+        return nn.Sequential(
+            ResBlock(c, c, style, norm_groups), Attention(c, norm_groups), ResBlock(c, c, style, norm_groups)
+        )
+    return nn.Sequential(*(ResBlock(c, c, style, norm_groups) for _ in range(num_res_blocks)))
 
 
 def upsampling_kernel(weight: Tensor) -> Tensor:
@@ -293,8 +311,10 @@ def codes_conv(c_in: int, c_out: int, style: Style) -> nn.Module:
     return nn.Identity()
 
 
-def _check_levels(widths: Sequence[int], attention: Sequence[int]) -> None:
-    if not widths or any(width < 32 or width % 32 for width in widths):
-        raise ValueError(f"ch times each of channel_mult is a multiple of 32 (the groups of its norms), got {widths}")
+def _check_levels(widths: Sequence[int], attention: Sequence[int], norm_groups: int) -> None:
+    if norm_groups < 1:
+        raise ValueError(f"norm_groups is 1 or more, got {norm_groups}")
+    if not widths or any(width < norm_groups or width % norm_groups for width in widths):
+        raise ValueError(f"ch times each of channel_mult is a multiple of norm_groups ({norm_groups}), got {widths}")
     if any(not 0 <= level < len(widths) for level in attention):
         raise ValueError(f"attention names levels from 0 to {len(widths) - 1}, got {list(attention)}")

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from tokenizers_vis.decoders.base import Decoder, DecoderLoss
 from tokenizers_vis.decoders.clip_text import clip_text
-from tokenizers_vis.decoders.transformer import Transformer, grid_of, init_linear, learned, prefix_mask
+from tokenizers_vis.decoders.transformer import (
+    Transformer,
+    grid_of,
+    init_linear,
+    learned,
+    places,
+    prefix_mask,
+    scattered,
+)
 
 
 class TiTokDecoder(Decoder):
@@ -54,10 +62,10 @@ class TiTokDecoder(Decoder):
         self.side = size if head == "pixels" else self.grid
         self.text_shape = (text_tokens, text_dim) if text_dim else None
         self.read_codes = nn.Linear(dim, width)
-        self.token_positions = learned(max_tokens, width)
+        self.token_positions = scattered(max_tokens, self.grid, width)
         self.class_token = learned(1, width)
         self.mask_token = learned(1, width)
-        self.positions = learned(self.grid**2 + 1, width)
+        self.positions = places(self.grid, width)
         if text_dim:
             self.read_text = nn.Linear(text_dim, width)
             self.text_positions = learned(text_tokens, width)

@@ -223,6 +223,12 @@ def scattered(n: int, grid: int, dim: int) -> nn.Parameter:
     return nn.Parameter(sincos(places, dim) + 0.1 * torch.randn(n, dim))
 
 
+def places(grid: int, dim: int) -> nn.Parameter:
+    """A learned table (1 + grid grid) d, of a class token and the positions of a grid, which start as ``sincos_2d``."""
+    first = torch.zeros(1, dim)
+    return nn.Parameter(torch.cat([first, sincos_2d(grid, grid, dim)]) + 0.1 * torch.randn(1 + grid**2, dim))
+
+
 def time_features(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """t: b, in [0, 1] -> b dim, cosines then sines of 1000 t (the diffusion transformers' convention)."""
     rate = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))

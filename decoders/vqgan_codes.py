@@ -35,6 +35,7 @@ class VQGANCodes(Canvas):
         channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4),
         num_res_blocks: int = 2,
         channels: int = 3,
+        norm_groups: int = 32,
         encoder: bool = False,
     ) -> None:
         super().__init__()
@@ -49,6 +50,7 @@ class VQGANCodes(Canvas):
             channels=channels,
             attention=(),
             style="maskgit",
+            norm_groups=norm_groups,
         )
         self.decoder = ConvDecoder(**shape)
         self.encoder = ConvEncoder(**shape) if encoder else None

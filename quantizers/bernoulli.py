@@ -47,7 +47,8 @@ class Bernoulli(Quantizer):
         self.temperature = temperature
         self.variance = variance
         self.project = nn.Linear(dim, bits, dtype=torch.float32)
-        self.embeddings = nn.Parameter(0.02 * torch.randn(bits, dim, dtype=torch.float32))
+        # Codes start with variance 1, that of a fair bit being a quarter: small ones drown in the decoder's positions.
+        self.embeddings = nn.Parameter(2 * bits**-0.5 * torch.randn(bits, dim, dtype=torch.float32))
 
     def forward(self, z: Tensor) -> Quantized:
         z = self.check_z(z)

@@ -329,6 +329,11 @@ class TestBernoulli:
         torch.testing.assert_close(drawn, p[0], rtol=0, atol=0.02)
         assert torch.equal(quantizer.eval()(z).ids, (p > 0.5).long())
 
+    def test_codes_start_as_large_as_what_they_are_added_to(self):
+        for bits in (16, 128):
+            codes = Bernoulli(dim=64, bits=bits)(torch.randn(8, 256, 64)).codes
+            assert 0.7 < codes.var(dim=(0, 1)).mean() < 1.3
+
     def test_words_are_the_same_bits(self):
         one, words = Bernoulli(dim=3, bits=128), Bernoulli(dim=3, bits=128, bits_per_id=32)
         words.load_state_dict(one.state_dict())

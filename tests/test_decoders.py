@@ -24,6 +24,7 @@ from tokenizers_vis.decoders.transformer import (
     time_features,
     unpatchify,
 )
+from tokenizers_vis.encoders.base import Encoder
 
 # Decoders of a whole grid of cells: no prefixes, no ragged batches.
 PIXELS = {"size": 16, "ch": 32, "channel_mult": [1, 2, 2, 2], "num_res_blocks": 1, "z_channels": 32}
@@ -32,6 +33,7 @@ GRIDS = {
     "dual": {"dim": 6, "size": 16, "pixels": {"dim": 4, **PIXELS}},
 }
 SEQUENCES = [kind for kind in DECODERS if kind not in GRIDS]
+NARROW = {"width": 32, "depth": 1, "heads": 2}
 SHAPE = {"dim": 5, "max_tokens": 6, "size": 16, "patch": 8, "width": 32, "depth": 2, "heads": 2}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 FLOWS = {
@@ -310,6 +312,18 @@ def test_scattered_positions_begin_at_places_that_are_spread_evenly():
         assert quarter[:n].bincount(minlength=4).sub(n / 4).abs().max() <= 1 + n / 16
     assert len(nearest.unique()) > 40
     torch.testing.assert_close(sincos(torch.tensor([[2, 3]]), 16), sincos_2d(3, 5, 16)[13:14])
+
+
+@pytest.mark.parametrize("part", [Encoder, Decoder])
+def test_titoks_tables_start_as_places(part):
+    """From random tables a small one stays on the mean colour for long."""
+    net = build(part, {"kind": "titok", "dim": 4, "max_tokens": 16, "size": 32, "patch": 4, **NARROW})
+    grid = sincos_2d(8, 8, 32)
+    assert net.positions.requires_grad and torch.equal(
+        torch.cdist(net.positions[1:].detach(), grid).argmin(dim=1), torch.arange(64)
+    )
+    spread = net.query_positions if part is Encoder else net.token_positions
+    assert len(torch.cdist(spread.detach(), grid).argmin(dim=1).unique()) > 12
 
 
 def test_queries_and_keys_start_equal():

@@ -76,6 +76,18 @@ def test_a_recipe_is_strict_and_whole(name: str) -> None:
         read_config(override(read_recipe(name), ["optim.stebs=3"]))
 
 
+def test_norms_of_a_small_net_have_as_many_channels_a_group_as_those_of_a_large_one() -> None:
+    def nets(table: Any) -> list[tuple[int, int]]:
+        if not isinstance(table, dict):
+            return []
+        own = [(table["ch"], table.get("norm_groups", 32))] if "ch" in table else []
+        return own + [net for value in table.values() for net in nets(value)]
+
+    found = {name: nets(model_of(name)) for name in (*SMALL, *LARGE)}
+    assert all(ch // groups == 4 for several in found.values() for ch, groups in several)
+    assert sum(bool(several) for name, several in found.items() if name in SMALL) >= 6
+
+
 def test_every_large_recipe_is_there() -> None:
     assert set(LARGE) <= set(RECIPES) and len(LARGE) == 10
     assert [name for name, match in SIBLINGS.items() if not match] == ["maskgit-vqgan-small"]

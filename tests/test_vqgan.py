@@ -22,7 +22,7 @@ from tokenizers_vis.convert.vqgan import vqgan_codes, vqgan_codes_names
 from tokenizers_vis.decoders import channels_last
 from tokenizers_vis.decoders.base import Decoder
 from tokenizers_vis.decoders.canvas import Canvas, Pixels
-from tokenizers_vis.decoders.conv import Double
+from tokenizers_vis.decoders.conv import Double, Head
 from tokenizers_vis.encoders.base import Encoder
 from tokenizers_vis.tokenizer import Tokenizer
 from tokenizers_vis.weights import CheckpointError, load_strictly
@@ -269,8 +269,10 @@ class TestParts:
         ("change", "says"),
         [
             ({"size": 9}, "size 9 is not a multiple"),
-            ({"ch": 48}, r"multiple of 32 .*got \[48, 48\]"),
-            ({"channel_mult": [1, 0]}, r"multiple of 32 .*got \[32, 0\]"),
+            ({"ch": 48}, r"multiple of norm_groups .*got \[48, 48\]"),
+            ({"channel_mult": [1, 0]}, r"multiple of norm_groups .*got \[32, 0\]"),
+            ({"norm_groups": 12}, r"multiple of norm_groups \(12\), got \[32, 32\]"),
+            ({"norm_groups": 0}, "norm_groups is 1 or more"),
             ({"attention": [2]}, r"levels from 0 to 1, got \[2\]"),
             ({"dim": 8, "style": "maskgit"}, "dim is z_channels"),
             ({"style": "taminng"}, "style is one of 'taming', 'maskgit'"),
@@ -280,6 +282,18 @@ class TestParts:
         for part, kind in ((Encoder, "grid"), (Decoder, "conv")):
             with pytest.raises(ConfigError, match=says):
                 build(part, {"kind": kind, **self.SHAPE, **change})
+
+    def test_fewer_groups_of_a_narrow_net_keep_colour(self):
+        """A channel that is a group of its own loses its mean: flat pictures of any colour come out alike."""
+        flat = torch.randn(3, 32, 1, 1).expand(3, 32, 4, 4)
+        alike = Head(32, 3, norm_groups=32)(flat)
+        torch.testing.assert_close(alike, alike[:1].expand(3, -1, -1, -1), rtol=0, atol=1e-3)
+        told_apart = Head(32, 3, norm_groups=8)(flat)
+        assert (told_apart[1:] - told_apart[:1]).abs().amax(dim=(1, 2, 3)).min() > 0.1
+        for part, kind in ((Encoder, "grid"), (Decoder, "conv")):
+            net = build(part, {"kind": kind, **self.SHAPE, "norm_groups": 8, "attention": [1]})
+            groups = [norm.num_groups for norm in net.modules() if isinstance(norm, channels_last.GroupNorm)]
+            assert len(groups) > 8 and set(groups) == {8}
 
     def test_a_grid_is_decoded_whole_and_takes_no_options(self):
         decoder = build(Decoder, {"kind": "conv", **self.SHAPE})
@@ -338,14 +352,14 @@ class TestLargeMaps:
         monkeypatch.setattr(channels_last, "LARGE", 1)
         again = tok.decoder(codes)
         assert torch.equal(again, plain)
-        norm, x = channels_last.GroupNorm(32), torch.randn(1, 32, 8, 8)
+        norm, x = channels_last.GroupNorm(32, 32), torch.randn(1, 32, 8, 8)
         norm(x.contiguous(memory_format=torch.channels_last)).square().sum().backward()
         assert norm.weight.grad is not None
 
     @pytest.mark.parametrize(("h", "w"), [(96, 96), (7, 200), (1, 3)])
     @torch.no_grad()
     def test_the_norm_is_exact_with_channels_last(self, h, w):
-        norm = channels_last.GroupNorm(64)
+        norm = channels_last.GroupNorm(64, 32)
         norm.weight.normal_()
         norm.bias.normal_()
         x = torch.randn(2, 64, h, w) + torch.randn(2, 64, 1, 1) + torch.linspace(0, 2, h)[:, None]

@@ -36,10 +36,12 @@ class Adapter(nn.Module):
 class Branch(nn.Module):
     """Features b c h w -> what one codebook quantizes, b d h w."""
 
-    def __init__(self, dim: int, z_channels: int, width: int, grid: int, depth: int, heads: int) -> None:
+    def __init__(
+        self, dim: int, z_channels: int, width: int, grid: int, depth: int, heads: int, norm_groups: int
+    ) -> None:
         super().__init__()
         self.adapter = Adapter(width, grid, depth, heads)
-        self.head = Head(width, z_channels)
+        self.head = Head(width, z_channels, norm_groups)
         self.to_codes = nn.Conv2d(z_channels, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,6 +71,7 @@ class FactorizedEncoder(Encoder):
         channels: int = 3,
         depth: int = 6,
         heads: int = 8,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         if branches < 1 or dim % branches:
@@ -82,9 +85,11 @@ class FactorizedEncoder(Encoder):
             channels=channels,
             attention=(len(channel_mult) - 1,),
             style="taming",
+            norm_groups=norm_groups,
         )
         self.branches = nn.ModuleList(
-            Branch(dim // branches, z_channels, self.path.width, grid, depth, heads) for _ in range(branches)
+            Branch(dim // branches, z_channels, self.path.width, grid, depth, heads, norm_groups)
+            for _ in range(branches)
         )
 
     def forward(self, x: Tensor, n_tokens: int) -> Tensor:

@@ -34,6 +34,7 @@ class GridEncoder(Encoder):
         channels: int = 3,
         attention: tuple[int, ...] = (),
         style: Style = "taming",
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         self.dim, self.side, self.lengths = dim, size, LengthPolicy()
@@ -46,6 +47,7 @@ class GridEncoder(Encoder):
             channels=channels,
             attention=attention,
             style=style,
+            norm_groups=norm_groups,
         )
         self.to_codes = codes_conv(z_channels, dim, style)
 
