@@ -22,7 +22,7 @@ from tokenizers_vis.decoders.transformer import (
     grid_of,
     init_linear,
     learned,
-    places,
+    placed,
     prefix_mask,
     scattered,
 )
@@ -65,7 +65,7 @@ class TiTokDecoder(Decoder):
         self.token_positions = scattered(max_tokens, self.grid, width)
         self.class_token = learned(1, width)
         self.mask_token = learned(1, width)
-        self.positions = places(self.grid, width)
+        self.positions = placed(self.grid, width)
         if text_dim:
             self.read_text = nn.Linear(text_dim, width)
             self.text_positions = learned(text_tokens, width)

@@ -223,7 +223,7 @@ def scattered(n: int, grid: int, dim: int) -> nn.Parameter:
     return nn.Parameter(sincos(places, dim) + 0.1 * torch.randn(n, dim))
 
 
-def places(grid: int, dim: int) -> nn.Parameter:
+def placed(grid: int, dim: int) -> nn.Parameter:
     """A learned table (1 + grid grid) d, of a class token and the positions of a grid, which start as ``sincos_2d``."""
     first = torch.zeros(1, dim)
     return nn.Parameter(torch.cat([first, sincos_2d(grid, grid, dim)]) + 0.1 * torch.randn(1 + grid**2, dim))

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from tokenizers_vis.decoders.transformer import Transformer, grid_of, init_linear, learned, patchify, places, scattered
+from tokenizers_vis.decoders.transformer import Transformer, grid_of, init_linear, learned, patchify, placed, scattered
 from tokenizers_vis.encoders.base import Encoder, LengthPolicy
 from tokenizers_vis.encoders.flextok import Standard
 
@@ -51,7 +51,7 @@ class TiTokEncoder(Encoder):
         self.lengths, self.nested, self.side = lengths, lengths.nested, size
         self.read_patches = nn.Linear(patch * patch * channels, width)
         self.class_token = learned(1, width)
-        self.positions = places(grid_of(size, patch), width)
+        self.positions = placed(grid_of(size, patch), width)
         self.queries = learned(max_tokens, width)
         self.query_positions = scattered(max_tokens, grid_of(size, patch), width)
         self.norm_in = nn.LayerNorm(width)
