@@ -25,6 +25,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 
     On CUDA it is what torch allocates on the device. On the CPU it is resident memory, by the kernel's own high-water
     mark, which only Linux lets a process lower; memory that was freed before and is used again does not show there.
+    Pages of files (libraries, mapped weights) that a kernel short of memory took back meanwhile do not hide the work's.
     """
     peak = Peak()
     if device.type == "cuda":
@@ -38,18 +39,22 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     before = _lowered() if device.type == "cpu" else None
     yield peak
     if before is not None:
-        peak.bytes = max(0, _highest() - before)
+        after = _resident()
+        taken_back = max(0, before["RssFile"] - after["RssFile"])
+        peak.bytes = max(0, after["VmHWM"] - before["VmHWM"] + taken_back)
 
 
-def _lowered() -> int | None:
-    """Lowers the high-water mark to what is resident now, and gives it, in bytes; None where that cannot be done."""
+def _lowered() -> dict[str, int] | None:
+    """Lowers the high-water mark to what is resident now, and gives both; None where that cannot be done."""
     try:
         (_PROCESS / "clear_refs").write_text("5")
-        return _highest()
-    except (OSError, StopIteration):
+        return _resident()
+    except (OSError, KeyError):
         return None
 
 
-def _highest() -> int:
+def _resident() -> dict[str, int]:
+    """Of this process, in bytes: the high-water mark, and what is of files now."""
     lines = (_PROCESS / "status").read_text(encoding="utf-8").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    kilobytes = dict(line.split(":", 1) for line in lines)
+    return {key: 1024 * int(kilobytes[key].split()[0]) for key in ("VmHWM", "RssFile")}
