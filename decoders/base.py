@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -31,7 +31,10 @@ class Decoder(nn.Module, ABC):
 
     ``one_pass`` says whether a picture takes one evaluation of the network; the others take ``steps`` of them.
     ``side`` is the height and width of y, for a canvas that fits; None where it is any.
+    ``tables`` names what in its state has a row for each token.
     """
+
+    tables: ClassVar[tuple[str, ...]] = ()
 
     dim: int
     max_tokens: int

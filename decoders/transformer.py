@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 ALL = slice(None)  # places of a sequence
+_SHORT = 256  # keys, up to which attention is written out where that is quicker
 
 
 class Attention(nn.Module):
@@ -42,8 +43,22 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, h=self.heads)
         if self.qk_norm:
             q, k = (F.layer_norm(t.float(), t.shape[-1:]).to(v.dtype) for t in (q, k))
-        attended = F.scaled_dot_product_attention(q[:, :, keep], k, v, attn_mask=mask, scale=self.scale)
+        attended = attend(q[:, :, keep], k, v, mask, self.scale)
         return self.out(rearrange(attended, "b h n e -> b n (h e)"))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """``scaled_dot_product_attention``, b h n e. On a CPU that learns in bfloat16 it is written out for short
+    sequences: the way back through the fused kernel takes two to three times as long (``benchmarks/attention.py``).
+    """
+    written_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= _SHORT
+    if not (written_out and torch.is_grad_enabled() and q.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    with torch.autocast("cpu", enabled=False):  # its softmax is in float32, which costs what was saved
+        logits = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.mT
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        return logits.softmax(dim=-1).to(v.dtype) @ v
 
 
 class MLP(nn.Module):

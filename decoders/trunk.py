@@ -41,6 +41,7 @@ class NullTokenDecoder(Decoder, ABC):
     """
 
     one_pass = False
+    tables = ("token_positions",)
 
     def __init__(
         self, *, dim: int, max_tokens: int, size: int, patch: int, width: int, channels: int, null_rate: float

@@ -29,6 +29,7 @@ class ViTDecoder(Decoder):
     """dim: width of a code. size: height and width of the canvas. objective: what ``loss`` measures."""
 
     one_pass = True
+    tables = ("token_positions",)
 
     def __init__(
         self,

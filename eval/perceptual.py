@@ -144,8 +144,54 @@ class FeatureDistance(Perceptual):
         return torch.stack([d.sum(dim=1).mean(dim=(1, 2)) for d in unit_differences(fx, fy)]).mean(dim=0)
 
 
+class Several(Perceptual):
+    """The mean of distances in several nets. What learns from one net learns its faults too; several share few.
+
+    As a loss (``maps`` and ``compare``) each picture of a batch is seen by one of the nets, in turn, so that more nets
+    cost no more. ``forward``, the metric, has all of them see every picture.
+    """
+
+    def __init__(self, distances: Sequence[Perceptual]) -> None:
+        if len(distances) < 2:
+            raise ValueError(f"several distances are two or more, got {len(distances)}")
+        super().__init__(mean=(0, 0, 0), std=(1, 1, 1), size=0)
+        self.distances = nn.ModuleList(distances)
+        self.least = max(0 if distance.size else distance.least for distance in distances)
+        with torch.no_grad():
+            tiny = torch.zeros(1, 3, *2 * [max(64, self.least)])
+            self._counts = [len(distance.maps(tiny)) for distance in distances]
+
+    @property
+    def name(self) -> str:
+        return "+".join(distance.name for distance in self.distances)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([distance(x, y) for distance in self.distances]).mean(dim=0)
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """x: b 3 h w in [0, 1] -> the maps of net after net; net i of k sees pictures i, i + k, i + 2 k ..."""
+        k = len(self.distances)
+        return [m for i, distance in enumerate(self.distances[: len(x)]) for m in distance.maps(x[i::k])]
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        return self.maps(x)
+
+    def compare(self, fx: list[Tensor], fy: list[Tensor]) -> Tensor:
+        far, start, k = [], 0, len(self.distances)
+        for distance, count in zip(self.distances, self._counts, strict=True):
+            own = slice(start, start := start + count)
+            if fx[own]:
+                far.append(distance.compare(fx[own], fy[own]))
+        out = far[0].new_empty(sum(map(len, far)))
+        for i, found in enumerate(far):
+            out[i::k] = found
+        return out
+
+
 def perceptual(net: str, weights: str = "") -> Perceptual:
     """The distance by its name: "lpips-vgg", "lpips-alex", "dists", "dreamsim", or any timm model with stages.
+
+    Names joined by "+" are ``Several``; their weights are then joined by commas, "" for those without a file.
 
     weights: a local file, or "" for the cache or the network; of dreamsim a folder. A classifier of 1001 classes in it
     (class 0 is background) tells a net that comes from TensorFlow: its pictures are in [-1, 1], its convolutions pad as
@@ -153,6 +199,13 @@ def perceptual(net: str, weights: str = "") -> Perceptual:
 
     Raises ``ValueError`` as ``LPIPS``, ``DISTS``, ``DreamSim`` and ``FeatureDistance`` do.
     """
+    if "+" in net:
+        nets, files = net.split("+"), weights.split(",") if weights else []
+        if len(files) not in (0, len(nets)):
+            raise ValueError(
+                f"{net} is {len(nets)} nets, their weights are as many files with commas between; got {weights!r}"
+            )
+        return Several([perceptual(one, file) for one, file in zip(nets, files or [""] * len(nets), strict=True)])
     if net.startswith("lpips-"):
         from tokenizers_vis.eval.lpips import LPIPS
 

@@ -16,6 +16,7 @@ from tokenizers_vis.decoders.canvas import Canvas, Pixels, fit
 from tokenizers_vis.decoders.flow import FlowDecoder
 from tokenizers_vis.decoders.paths import SMALLEST_T
 from tokenizers_vis.decoders.transformer import (
+    attend,
     patchify,
     prefix_mask,
     scattered,
@@ -279,6 +280,28 @@ def test_a_dropped_image_is_the_unconditional_branch(codes):
 
 
 # -- patches and positions
+
+
+@pytest.mark.parametrize("masked", ["", "bool", "float"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_that_is_written_out_is_the_fused_one(masked, scale, monkeypatch):
+    """In training in bfloat16 on a CPU; values and gradients are compared with float32."""
+    seen = torch.rand(3, 1, 7, 9) < 0.7
+    seen[..., 0] = True
+    mask = {"": None, "bool": seen, "float": torch.randn(3, 1, 7, 9)}[masked]
+    exact = [torch.randn(3, 2, n, 4).bfloat16().float().requires_grad_() for n in (7, 9, 9)]
+    low = [t.detach().bfloat16().requires_grad_() for t in exact]
+    wanted = F.scaled_dot_product_attention(*exact, attn_mask=mask, scale=scale)
+    weight = torch.randn_like(wanted)
+    (wanted * weight).sum().backward()
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", None)  # is not called
+        found = attend(*low, mask if masked != "float" else mask.bfloat16(), scale)
+    assert found.dtype == torch.bfloat16
+    (found * weight).sum().backward()
+    torch.testing.assert_close(found.float(), wanted, rtol=0.03, atol=0.03)
+    for mine, right in zip(low, exact, strict=True):
+        torch.testing.assert_close(mine.grad.float(), right.grad, rtol=0.05, atol=0.05)
 
 
 def test_patchify_and_back():

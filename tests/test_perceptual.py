@@ -359,3 +359,20 @@ def test_the_shared_mobilenet_ranks_damage(shared: Path, photos: list[Path]) -> 
     assert (by_bytes[0] > by_bytes[1]).all()
     assert (by_bytes[1] > by_bytes[2]).all()
     assert (distance(x, x.roll(1, dims=0)) > by_bytes[1]).all()
+
+
+def test_several_nets_are_their_mean_and_share_the_work_of_a_loss(
+    weights: str, tmp_path: Path, pair: tuple[Tensor, Tensor]
+) -> None:
+    other = random_weights(tmp_path / "other.pth")
+    both = perceptual(f"{MODEL}+{MODEL}", f"{weights},{other}")
+    far = torch.stack([perceptual(MODEL, file)(*pair) for file in (weights, other)])
+    assert both.name == f"{MODEL}+{MODEL}"
+    torch.testing.assert_close(both(*pair), far.mean(dim=0))
+    # As a loss, picture 0 and 2 are seen by the first net, picture 1 by the second.
+    shared = both.compare(both.maps(pair[0]), both.maps(pair[1]))
+    torch.testing.assert_close(shared, torch.stack([far[0, 0], far[1, 1], far[0, 2]]))
+    alone = both.compare(both.maps(pair[0][:1]), both.maps(pair[1][:1]))
+    torch.testing.assert_close(alone, far[0, :1])
+    with pytest.raises(ValueError, match="is 2 nets, their weights are as many files with commas between"):
+        perceptual(f"{MODEL}+{MODEL}", weights)

@@ -20,7 +20,7 @@ from tokenizers_vis.files import write_atomically
 from tokenizers_vis.generators.base import Space, TokenModel
 from tokenizers_vis.generators.sampling import Sampling, uniforms
 from tokenizers_vis.presets import load, usable_device
-from tokenizers_vis.token_shards import codes_hash
+from tokenizers_vis.token_shards import codes_hash, makes
 from tokenizers_vis.tokenizer import Tokenizer
 from tokenizers_vis.tokens import Tokens
 from tokenizers_vis.weights import CheckpointError, empty_weights, load_strictly, read_safetensors
@@ -271,7 +271,7 @@ class Generator(nn.Module):
         """Raises ``ValueError`` unless ``tok`` makes and decodes the ids that this generator was trained on."""
         if tok.codebook_sizes == self.codebook_sizes:
             # Weights in half precision hash to another value; there the name has to do.
-            if codes_hash(tok) == self.hash or (tok.dtype != torch.float32 and tok.codes == self.tokenizer):
+            if makes(tok, self.hash, self.max_tokens) or (tok.dtype != torch.float32 and tok.codes == self.tokenizer):
                 return
         raise ValueError(
             f"{self.name} draws ids of {self.tokenizer!r} (hash {self.hash}, codebooks {self.codebook_sizes}); this "

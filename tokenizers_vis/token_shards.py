@@ -60,18 +60,31 @@ class Origin:
         return [f"{key}: {_short(a)}, not {_short(b)}" for key, (a, b) in pairs.items() if a != b]
 
 
-def codes_hash(tok: Tokenizer) -> str:
+def codes_hash(tok: Tokenizer, n_tokens: int | None = None) -> str:
     """16 hex digits over all that makes ids: config and weights of canvas, encoder and quantizer.
 
     Two tokenizers of one hash make the same ids, whatever they are called and however they decode.
+    n_tokens: of the tokenizer that has so many tokens and was grown to ``tok`` (``init.first_tokens``).
     """
     digest = hashlib.sha256()
+    tables = () if n_tokens is None else tok.encoder.tables
     for part in ("canvas", "encoder", "quantizer"):
-        digest.update(json.dumps(tok.config[part], sort_keys=True, default=list).encode())
+        config = tok.config[part]
+        if part == "encoder" and tables:
+            config = config | {"max_tokens": n_tokens}
+        digest.update(json.dumps(config, sort_keys=True, default=list).encode())
         for name, value in getattr(tok, part).state_dict().items():
+            value = value[:n_tokens] if part == "encoder" and name in tables else value
             digest.update(f"{part}.{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def makes(tok: Tokenizer, codes: str, n_tokens: int) -> bool:
+    """Whether ``tok`` makes the ids of that hash, or its first ``n_tokens`` are those of a tokenizer of so many."""
+    if codes_hash(tok) == codes:
+        return True
+    return tok.encoder.causal and n_tokens < tok.max_tokens and codes_hash(tok, n_tokens) == codes
 
 
 # Writing
@@ -244,7 +257,7 @@ class TokenShards:
         """Raises ``ShardError`` when these are not the ids that ``tok`` makes and decodes."""
         if tok.codes == self.tokenizer and tok.codebook_sizes == self.codebook_sizes:
             # Weights in half precision are others; they decode these ids all the same.
-            if tok.dtype != torch.float32 or codes_hash(tok) == self.hash:
+            if tok.dtype != torch.float32 or makes(tok, self.hash, self.n_tokens):
                 return
         raise ShardError(
             f"{self.path} holds ids of {self.tokenizer!r} (hash {self.hash}, codebooks {self.codebook_sizes}); this "

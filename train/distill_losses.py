@@ -25,8 +25,9 @@ class DistillLoss:
     """Weights of the sum that is minimised, 0 where a term is off. Any but gan's may be a ``Schedule`` over steps.
 
     canvas: of the squared distance to the teacher's y. l1: of the distance to its picture, in [0, 1].
-    perceptual: of the distance to its picture in the features of ``net``, a timm model or "lpips-vgg", "lpips-alex".
-    real: of the same distance to the real picture. net_weights: a local file; "" is the usual cache or download.
+    perceptual: of the distance to its picture in the features of ``net``, a timm model or "lpips-vgg", "lpips-alex", or
+        several joined by "+", of which each picture is seen by one. real: of the same distance to the real picture.
+        net_weights: a local file, or several with commas between; "" is the usual cache or download.
     gan: the adversarial loss, whose critic is shown real pictures.
     """
 

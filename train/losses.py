@@ -38,9 +38,9 @@ class LossConfig:
     reconstruction: of the decoder's own loss. quantizer: of the quantizer's (commitment, entropy, disentanglement have
         weights of their own in its table).
     l1, l2: of the distance between pictures in [0, 1]. logit_laplace: of DALL-E's, with a scale per colour that learns.
-    perceptual: of a distance in the features of ``net``, a timm model or "lpips-vgg", "lpips-alex". gram: of the
-        distance between the Gram matrices of the same features. net_weights: a local file; "" is the usual cache or
-        download.
+    perceptual: of a distance in the features of ``net``, a timm model or "lpips-vgg", "lpips-alex", or several joined
+        by "+", of which each picture is seen by one. gram: of the distance between the Gram matrices of the same
+        features. net_weights: a local file, or several with commas between; "" is the usual cache or download.
     classifier: the distance between the class scores of the two pictures. gan: the adversarial loss.
     align: features that learn to be like those of a frozen net, one table a term.
     anneal: latent perturbation over the steps of a run.
@@ -72,6 +72,8 @@ class LossConfig:
             logit_laplace=self.logit_laplace,
             gram=self.gram,
         )
+        if ever(self.gram) and "+" in self.net:
+            raise ValueError(f"gram compares the textures of one net, not of several; got {self.net}")
 
 
 class LossSum(Bearer):
@@ -175,15 +177,14 @@ class LossSum(Bearer):
         """The losses on pictures that a frozen net is needed for."""
         config = self.config
         near, textures = at_step(config.perceptual, step), at_step(config.gram, step)
-        if textures:
+        if textures or near:
             # Both look at the same features, which are made once.
             fx, fy = ([f.float() for f in self.distance.maps(z)] for z in (x, y))
             with torch.autocast(y.device.type, enabled=False):
-                yield "gram", textures, gram(fx, fy)
+                if textures:
+                    yield "gram", textures, gram(fx, fy)
                 if near:
                     yield "perceptual", near, self.distance.compare(fx, fy)
-        elif near:
-            yield "perceptual", near, self.distance(x, y)
         if weight := at_step(config.classifier.weight, step):
             yield "classifier", weight, self.borne["classifier"](x, y)
 

@@ -42,6 +42,10 @@ class InitConfig:
         resized to the size of the own. A canvas of VQGAN codes adopts all it has, from another such canvas or from the
         2D VQGAN itself.
 
+    first_tokens: all tokens of ``tokenizer``, of which the recipe's has more: the same ids first, then new ones. The
+        encoder is adopted and learns nothing but the tokens that are new; a decoder that is adopted grows as well. The
+        quantizer is taken whole and frozen.
+
     tower, tower_weights: a timm model of CLIP or SigLIP, and a local file of it or "" for a download, from which the
         transformer of a dual encoder starts (TokenFlow).
 
@@ -53,6 +57,7 @@ class InitConfig:
     parts: tuple[Part, ...] = ()
     freeze: bool | tuple[Part, ...] = False
     adopt: tuple[Part, ...] = ()
+    first_tokens: int = 0
     tower: str = ""
     tower_weights: str = ""
 
@@ -65,6 +70,8 @@ class InitConfig:
             raise ValueError(f"{', '.join(both)} is either taken whole (parts) or adopted, not both")
         if not isinstance(self.freeze, bool) and (loose := set(self.freeze) - set(self.parts)):
             raise ValueError(f"freeze names parts that are taken whole; {', '.join(loose)} is not among parts")
+        if self.first_tokens and not ("encoder" in self.adopt and "quantizer" in self.frozen):
+            raise ValueError("first_tokens comes with an encoder that is adopted and a quantizer that is frozen")
 
     @property
     def frozen(self) -> tuple[Part, ...]:
@@ -95,6 +102,8 @@ class TokenizerTask(Task):
         self.model = untrained(config) if built is None else Tokenizer.from_config(built)
         for part in config.init.frozen:
             getattr(self.model, part).requires_grad_(False)
+        if config.init.first_tokens:
+            self.model.encoder.keep(config.init.first_tokens)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ConfigError("init.freeze leaves nothing to train: name fewer parts")
         self.losses = LossSum(config.loss, self.model, device)
@@ -202,23 +211,45 @@ def untrained(config: TrainConfig) -> Tokenizer:
             part == "canvas" and _reads_alike(table[part], source)
         ):
             raise ConfigError(f"tokenizer.{part} differs from that of {init.tokenizer}, which init takes; leave it out")
-    if {"encoder", "quantizer"} <= set(init.frozen):
+    if {"encoder", "quantizer"} <= set(init.frozen) or init.first_tokens:
         table["codes"] = source.codes  # the same ids: either decodes the other's files
     tokenizer = Tokenizer.from_config(table)
     # The canvas may hold weights of its own (a VAE, a VQGAN); a tokenizer that is tuned keeps those.
     for part in whole:
         getattr(tokenizer, part).load_state_dict(getattr(source, part).state_dict())
+    if init.first_tokens:
+        _check_grows(tokenizer, source, init)
     for part in init.adopt:
         if part == "canvas":
             adopt_canvas(tokenizer.canvas, source, init.tokenizer)
             continue
         own, other = (getattr(t, part).state_dict() for t in (tokenizer, source))
         resized = {key: resized_patches(key, value, own[key].shape) for key, value in other.items() if key in own}
+        for key in getattr(tokenizer, part).tables if init.first_tokens else ():
+            if key in resized:
+                resized[key] = torch.cat([resized[key], own[key][len(resized[key]) :]])
         fitting = {key: value for key, value in resized.items() if own[key].shape == value.shape}
         if not fitting:
             raise ConfigError(f"init.adopt: the {part} of {init.tokenizer} has no weight of the same name and shape")
         getattr(tokenizer, part).load_state_dict({**own, **fitting})
     return tokenizer
+
+
+def _check_grows(tokenizer: Tokenizer, source: Tokenizer, init: InitConfig) -> None:
+    """Raises ``ConfigError`` unless the tokenizer is the source with more tokens."""
+    encoder, name = source.encoder, init.tokenizer
+    if not (encoder.causal and encoder.tables):
+        raise ConfigError(f"init.first_tokens: the tokens of {name} depend on later ones, they would not stay the same")
+    if encoder.max_tokens != init.first_tokens or tokenizer.max_tokens <= encoder.max_tokens:
+        raise ConfigError(
+            f"init.first_tokens is what {name} has, {encoder.max_tokens}, and the recipe's max_tokens are more; got "
+            f"{init.first_tokens} and {tokenizer.max_tokens}"
+        )
+    free = ("max_tokens", "lengths")
+    mine, its = ({k: v for k, v in t.config["encoder"].items() if k not in free} for t in (tokenizer, source))
+    if mine != its:
+        keys = ", ".join(key for key in {**mine, **its} if mine.get(key) != its.get(key))
+        raise ConfigError(f"tokenizer.encoder differs from that of {name} in more than max_tokens: {keys}")
 
 
 def resized_patches(key: str, value: Tensor, shape: Sequence[int]) -> Tensor:

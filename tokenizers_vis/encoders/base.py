@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,11 @@ class Encoder(nn.Module, ABC):
     ``side`` is the height and width of x, for a canvas that fits; None where it is any.
     ``causal`` says whether a token depends on no later one, so that a short encoding runs a short sequence; where it is
     false training encodes all tokens, whatever the decoder is then told of them.
+    ``tables`` names what in its state has a row for each token; a causal encoder that is cut or grown in these alone
+    makes the same first tokens.
     """
+
+    tables: ClassVar[tuple[str, ...]] = ()
 
     dim: int
     max_tokens: int
@@ -124,6 +128,10 @@ class Encoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, n_tokens: int) -> Tensor:
         """x: b c h w -> z: b n_tokens d, the first ``n_tokens`` latent tokens."""
+
+    def keep(self, n_tokens: int) -> None:
+        """Lets nothing be learned but the tables' rows after the first ``n_tokens``, so that these tokens stay."""
+        raise ValueError(f"{type(self).__name__} cannot keep its first tokens and learn more; a FlexTok encoder can")
 
 
 def powers_of_two(max_tokens: int) -> list[int]:

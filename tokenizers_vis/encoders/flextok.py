@@ -29,6 +29,7 @@ class FlexTokEncoder(Encoder):
 
     nested = True
     causal = True
+    kept = 0  # tokens that stay in training
 
     def __init__(
         self,
@@ -64,18 +65,35 @@ class FlexTokEncoder(Encoder):
         self.read_patches.apply(init_linear)
         self.to_codes.apply(init_linear)
         self.standard = Standard(max_tokens, dim) if standardize else nn.Identity()
+        self.tables = ("registers", *(f"standard.{name}" for name, _ in self.standard.named_buffers()))
 
     def forward(self, x: Tensor, n_tokens: int) -> Tensor:
         patches = self.read_patches(patchify(x, self.patch))
         patches = patches + self.positions.to(patches.dtype)
-        registers = self.registers[:n_tokens].to(patches.dtype).expand(len(x), -1, -1)
+        registers, kept = self.registers[:n_tokens], self.kept
+        if kept:
+            fixed = registers[:kept].detach()
+            registers = torch.cat([fixed, registers[kept:]]) if kept < n_tokens else fixed
+        registers = registers.to(patches.dtype).expand(len(x), -1, -1)
         n = patches.shape[1] + n_tokens
         z = self.transformer(torch.cat([patches, registers], dim=1), self.mask[:n, :n])[:, -n_tokens:]
         return self.standard(self.to_codes(F.layer_norm(z, z.shape[-1:])))
 
+    def keep(self, n_tokens: int) -> None:
+        self.requires_grad_(False)
+        self.registers.requires_grad_(True)
+        self.kept = n_tokens
+        if isinstance(self.standard, Standard):
+            self.standard.kept = n_tokens
+
 
 class Standard(nn.Module):
-    """Batch normalisation without scale or bias, of each channel at each token position, in float32."""
+    """Batch normalisation without scale or bias, of each channel at each token position, in float32.
+
+    kept: of so many first tokens the statistics stay as they are, also in training.
+    """
+
+    kept = 0
 
     def __init__(self, max_tokens: int, dim: int) -> None:
         super().__init__()
@@ -85,10 +103,18 @@ class Standard(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z: b n d, of the first n tokens."""
         n = z.shape[1]
-        mean, variance = (table[:n].float().flatten().clone() for table in (self.mean, self.variance))
-        out = F.batch_norm(z.float().flatten(1), mean, variance, training=self.training, momentum=0.02)
-        if self.training:
-            self.mean[:n], self.variance[:n] = mean.view(n, -1), variance.view(n, -1)
+        fixed = min(self.kept, n) if self.training else n
+        parts = [self._standard(z, slice(0, fixed), False), self._standard(z, slice(fixed, n), True)]
+        return torch.cat([part for part in parts if part.numel()], dim=1)
+
+    def _standard(self, z: Tensor, own: slice, learn: bool) -> Tensor:
+        z = z[:, own].float()
+        if not z.numel():
+            return z
+        mean, variance = (table[own].float().flatten().clone() for table in (self.mean, self.variance))
+        out = F.batch_norm(z.flatten(1), mean, variance, training=learn, momentum=0.02)
+        if learn:
+            self.mean[own], self.variance[own] = (table.view(z.shape[1:]) for table in (mean, variance))
         return out.view(z.shape)
 
 
