@@ -41,6 +41,7 @@ class FlowDecoder(NoisyPatchDecoder):
     rollout: steps of a sampler from pure noise whose end is the estimate, in place of the one-step one; 0 is off. Its
         gradient passes through all steps; FlowMo's second stage, Sargent et al. 2025, arXiv 2503.11056, has 8.
     null_rate: share of training images whose tokens are replaced by the null token; 0 rules guidance out.
+    refine: channels of the convolutions that follow the patches (``Refine``), 0 for none but one of 3 x 3.
     steps, guidance, guidance_kind, solver, schedule: the defaults of ``forward``.
     """
 
@@ -65,6 +66,7 @@ class FlowDecoder(NoisyPatchDecoder):
         estimates: Literal["late", "even"] = "late",
         rollout: int = 0,
         null_rate: float = 0.1,
+        refine: int = 0,
         steps: int | tuple[int, ...] = 25,
         guidance: float = 1.0,
         guidance_kind: Literal["cfg", "apg"] = "cfg",
@@ -84,6 +86,7 @@ class FlowDecoder(NoisyPatchDecoder):
             mlp_ratio=mlp_ratio,
             qk_norm=qk_norm,
             null_rate=null_rate,
+            refine=refine,
         )
         self.sizes = tuple(scales) or (size,)
         if any(2 * small != big for small, big in zip(self.sizes, (*self.sizes[1:], 2 * size), strict=True)):

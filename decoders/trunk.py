@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tokenizers_vis.decoders.base import Decoder
 from tokenizers_vis.decoders.paths import velocity_of
+from tokenizers_vis.decoders.refine import Refine
 from tokenizers_vis.decoders.sampling import Branches, Stage
 from tokenizers_vis.decoders.transformer import (
     Transformer,
@@ -113,6 +114,7 @@ class NoisyPatchDecoder(NullTokenDecoder, ABC):
         mlp_ratio: float,
         qk_norm: bool,
         null_rate: float,
+        refine: int = 0,
     ) -> None:
         super().__init__(
             dim=dim,
@@ -132,6 +134,7 @@ class NoisyPatchDecoder(NullTokenDecoder, ABC):
         self.modulation = nn.Linear(width, 2 * width)
         self.to_patches = nn.Linear(width, patch * patch * channels)
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
+        self.refine = Refine(width=width, patch=patch, channels=refine, colors=channels) if refine else None
         for part in (self.read_codes, self.time):
             part.apply(init_linear)
         # It starts by listening to the tokens alone, as the one-pass decoder does, whose weights it can adopt.
@@ -163,8 +166,9 @@ class NoisyPatchDecoder(NullTokenDecoder, ABC):
         mask = None if mask is None else mask[..., -sequence.shape[1] :]
         out = self.transformer(sequence, mask, keep=slice(grid**2), rows=rows.blocks)
         shift, scale = rows.head.unsqueeze(1).chunk(2, dim=-1)
-        out = self.to_patches(modulate(self.norm(out), shift, scale))
-        return self.smooth(unpatchify(out, self.patch, grid)).float()
+        out = modulate(self.norm(out), shift, scale)
+        y = self.smooth(unpatchify(self.to_patches(out), self.patch, grid))
+        return (y if self.refine is None else self.refine(y, out)).float()
 
     def _positions(self, grid: int) -> Tensor:
         """Of the centres of a coarser grid, in the places of the finest."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_vis.decoders.base import Decoder, DecoderLoss
+from tokenizers_vis.decoders.refine import Refine
 from tokenizers_vis.decoders.transformer import (
     Transformer,
     grid_of,
@@ -26,7 +27,10 @@ from tokenizers_vis.decoders.transformer import (
 
 
 class ViTDecoder(Decoder):
-    """dim: width of a code. size: height and width of the canvas. objective: what ``loss`` measures."""
+    """dim: width of a code. size: height and width of the canvas. objective: what ``loss`` measures.
+
+    refine: channels of the convolutions that follow the patches (``Refine``), 0 for none but one of 3 x 3.
+    """
 
     one_pass = True
     tables = ("token_positions",)
@@ -46,6 +50,7 @@ class ViTDecoder(Decoder):
         mlp_ratio: float = 4.0,
         qk_norm: bool = True,
         objective: Literal["l1", "l2"] = "l2",
+        refine: int = 0,
     ) -> None:
         super().__init__()
         self.dim, self.max_tokens, self.patch, self.grid = dim, max_tokens, patch, grid_of(size, patch)
@@ -60,6 +65,7 @@ class ViTDecoder(Decoder):
         self.to_patches = nn.Linear(width, patch * patch * channels)
         # Sees over the patches' borders, which a linear layer per patch leaves visible.
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
+        self.refine = Refine(width=width, patch=patch, channels=refine, colors=channels) if refine else None
         self.read_codes.apply(init_linear)
         # Small, so that the first steps are not spent on unlearning noise.
         nn.init.trunc_normal_(self.to_patches.weight, std=0.1 * width**-0.5)
@@ -76,8 +82,9 @@ class ViTDecoder(Decoder):
         patches = (self.mask_token + self.positions).to(tokens.dtype).expand(b, -1, -1)
         mask = prefix_mask(lengths, n, before=patches.shape[1])
         x = self.transformer(torch.cat([patches, tokens], dim=1), mask)[:, : patches.shape[1]]
-        y = unpatchify(self.to_patches(self.norm(x)), self.patch, self.grid)
-        return self.smooth(y)
+        x = self.norm(x)
+        y = self.smooth(unpatchify(self.to_patches(x), self.patch, self.grid))
+        return y if self.refine is None else self.refine(y, x)
 
     def loss(self, codes: Tensor, target: Tensor, lengths: Tensor | None = None) -> DecoderLoss:
         estimate = self(codes, lengths).float()

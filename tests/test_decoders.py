@@ -15,6 +15,7 @@ from tokenizers_vis.decoders.base import Decoder
 from tokenizers_vis.decoders.canvas import Canvas, Pixels, fit
 from tokenizers_vis.decoders.flow import FlowDecoder
 from tokenizers_vis.decoders.paths import SMALLEST_T
+from tokenizers_vis.decoders.refine import Refine
 from tokenizers_vis.decoders.transformer import (
     attend,
     patchify,
@@ -280,6 +281,27 @@ def test_a_dropped_image_is_the_unconditional_branch(codes):
 
 
 # -- patches and positions
+
+
+@pytest.mark.parametrize("kind", ["vit", "flow"])
+def test_convolutions_behind_the_patches_begin_as_nothing(kind, codes):
+    plain, refined = decoder(kind), decoder(kind, refine=4)
+    refined.load_state_dict(plain.state_dict(), strict=False)
+    before = plain(codes)
+    torch.testing.assert_close(refined(codes), before)
+    # Then each pixel hears of its neighbours beyond the patch, and of what the transformer knew.
+    torch.nn.init.normal_(refined.refine.last.weight)
+    picture, features = torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, 32)
+    base = refined.refine(picture, features)
+    dot, known = picture.clone(), features.clone()
+    dot[..., 7, 7], known[:, 3] = 1, 1
+    heard = (refined.refine(dot, features) != base)[0].any(dim=0)
+    assert heard[:8, 8:].any() and heard[8:, 8:].any()
+    assert (refined.refine(picture, known) != base)[..., 8:, 8:].all()
+    refined(codes).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in refined.refine.parameters())
+    with pytest.raises(ValueError, match="patch is even, got 5"):
+        Refine(width=8, patch=5, channels=4)
 
 
 @pytest.mark.parametrize("masked", ["", "bool", "float"])

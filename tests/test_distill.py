@@ -19,7 +19,7 @@ from tokenizers_vis.cli import main
 from tokenizers_vis.config import ConfigError, override
 from tokenizers_vis.tokenizer import Tokenizer
 from tokenizers_vis.train import loop
-from tokenizers_vis.train.distill import DistillTask
+from tokenizers_vis.train.distill import DistillTask, student_of
 from tokenizers_vis.train.loop import fit, read_recipe, resume
 from tokenizers_vis.train.task import read_config
 
@@ -131,6 +131,27 @@ def test_the_result_is_a_normal_tokenizer_of_the_same_ids(
         assert all(torch.equal(one[key], other[key]) for key in one)
     with pytest.raises(ValueError, match="without a null token"):
         after.decode(before.encode(pictures[0]), guidance=2.0)
+
+
+def test_a_student_goes_on_and_gets_convolutions(teacher: Path, distilled: Path, images: Path, tmp_path: Path) -> None:
+    more = recipe_of(teacher, images, f"student.tokenizer={distilled}", "student.refine=4", "optim.steps=1")
+    begun = student_of(tv.load(str(teacher), "cpu"), read_config(more))
+    before = tv.load(str(distilled), "cpu")
+    codes = torch.randn(2, 4, 3)
+    torch.testing.assert_close(begun.eval().decoder(codes), before.decoder(codes))
+    fit(more, tmp_path / "run")
+    after = tv.load(str(tmp_path / "run"), "cpu")
+    assert after.codes == before.codes and after.config["decoder"]["refine"] == 4
+    assert after.decoder.refine.last.weight.abs().sum() > 0
+    for line, message in (
+        ("student.tokenizer=mini-flow", "decodes ids of 'mini', its teacher those of"),
+        (
+            f"student.tokenizer={save_teacher(tmp_path / 'wide.safetensors', {'kind': 'flow', 'width': 64})}",
+            "is another",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            student_of(tv.load(str(teacher), "cpu"), read_config(override(more, [line])))
 
 
 def test_validation_says_both(teacher: Path, distilled: Path, images: Path) -> None:
@@ -246,7 +267,7 @@ def test_the_perceptual_distances(teacher: Path, images: Path, tmp_path: Path) -
     from safetensors.torch import save_file
 
     save_file(timm.create_model("mobilenetv2_100", pretrained=False).state_dict(), tmp_path / "net.safetensors")
-    weights = ["loss.perceptual=0.5", "loss.real=0.25", "loss.l1=2.0", "loss.net=mobilenetv2_100"]
+    weights = ["loss.perceptual=0.5", "loss.real=0.25", "loss.l1=2.0", "loss.real_l1=3.0", "loss.net=mobilenetv2_100"]
     net = [f'loss.net_weights="{tmp_path / "net.safetensors"}"']
     task = DistillTask(read_config(recipe_of(teacher, images, *weights, *net)), torch.device("cpu"))
     y, wanted = (torch.rand(2, 3, 16, 16) * 2 - 1 for _ in range(2))
@@ -256,13 +277,15 @@ def test_the_perceptual_distances(teacher: Path, images: Path, tmp_path: Path) -
     expected = {
         "canvas": (y - wanted).square().mean(),
         "l1": (pictures - goal).abs().mean(),
+        "real_l1": (pictures - real).abs().mean(),
         "perceptual": task.losses.distance(pictures, goal).mean(),
         "real": task.losses.distance(pictures, real).mean(),
     }
     assert {key: value.item() for key, value in told.parts.items()} == pytest.approx(
         {key: value.item() for key, value in expected.items()}, rel=1e-5
     )
-    sum_ = expected["canvas"] + 2 * expected["l1"] + 0.5 * expected["perceptual"] + 0.25 * expected["real"]
+    levels = 2 * expected["l1"] + 3 * expected["real_l1"]
+    sum_ = expected["canvas"] + levels + 0.5 * expected["perceptual"] + 0.25 * expected["real"]
     assert told.total.item() == pytest.approx(sum_.item(), rel=1e-5)
 
 

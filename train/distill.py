@@ -68,10 +68,15 @@ class StudentConfig:
 
     usual_noise: share of training images that start from the one noise that ``decode`` starts from where no seed is
         given; the others start from noise of their own.
+    tokenizer: an earlier student of the same tokens whose decoder goes on learning; "" starts from the teacher's.
+    refine: channels of the convolutions that follow its patches, where the decoder can have some (``Refine``); 0 leaves
+        them as the teacher has them.
     """
 
     steps: Steps = 1
     usual_noise: float = 0.5
+    tokenizer: str = ""
+    refine: int = 0
 
     def __post_init__(self) -> None:
         total("student.steps", self.steps)
@@ -262,9 +267,30 @@ def student_of(teacher: Tokenizer, config: DistillConfig) -> Tokenizer:
     # What it was told in guidance it knows by itself; a null token, which it does not train on, would mislead.
     changed = {"steps": config.student.steps, "guidance": 1.0, "solver": "euler", "null_rate": 0.0}
     takes = inspect.signature(type(teacher.decoder)).parameters
+    if config.student.refine:
+        changed["refine"] = config.student.refine
+        if "refine" not in takes:
+            raise ConfigError(
+                f"student.refine: a decoder of kind {teacher.config['decoder']['kind']!r} has no such part"
+            )
     decoder = teacher.config["decoder"] | {key: value for key, value in changed.items() if key in takes}
     student = Tokenizer.from_config(teacher.config | {"name": config.name, "codes": teacher.codes, "decoder": decoder})
-    student.load_state_dict(teacher.state_dict())
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    start = teacher
+    if config.student.tokenizer:
+        start = load(config.student.tokenizer, "cpu")
+        if start.codes != teacher.codes:
+            raise ConfigError(
+                f"student.tokenizer decodes ids of {start.codes!r}, its teacher those of {teacher.codes!r}"
+            )
+    try:
+        # Convolutions that are new begin as nothing.
+        fresh = {key: value for key, value in student.decoder.state_dict().items() if key.startswith("refine.")}
+        student.decoder.load_state_dict(fresh | start.decoder.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"student.tokenizer: the decoder of {start.name} is another than its teacher's: {error}"
+        ) from None
     return student
 
 

@@ -26,8 +26,9 @@ class DistillLoss:
 
     canvas: of the squared distance to the teacher's y. l1: of the distance to its picture, in [0, 1].
     perceptual: of the distance to its picture in the features of ``net``, a timm model or "lpips-vgg", "lpips-alex", or
-        several joined by "+", of which each picture is seen by one. real: of the same distance to the real picture.
-        net_weights: a local file, or several with commas between; "" is the usual cache or download.
+        several joined by "+", of which each picture is seen by one. net_weights: a local file, or several with commas
+        between; "" is the usual cache or download.
+    real, real_l1: of the distance in features, and of L1, to the real picture.
     gan: the adversarial loss, whose critic is shown real pictures.
     """
 
@@ -35,14 +36,16 @@ class DistillLoss:
     l1: Weight = 0.0
     perceptual: Weight = 0.0
     real: Weight = 0.0
+    real_l1: Weight = 0.0
     net: str = "lpips-vgg"
     net_weights: str = ""
     gan: GanConfig = field(default_factory=GanConfig)
 
     def __post_init__(self) -> None:
-        check_weights(canvas=self.canvas, l1=self.l1, perceptual=self.perceptual, real=self.real)
-        if not any(map(ever, (self.canvas, self.l1, self.perceptual, self.real))):
-            raise ValueError("no loss has a weight: give canvas, l1, perceptual or real one")
+        weights = {name: getattr(self, name) for name in ("canvas", "l1", "perceptual", "real", "real_l1")}
+        check_weights(**weights)
+        if not any(map(ever, weights.values())):
+            raise ValueError("no loss has a weight: give canvas, l1, perceptual, real or real_l1 one")
 
 
 class DistillSum(Bearer):
@@ -78,15 +81,17 @@ class DistillSum(Bearer):
             parts[f"canvas_{size}"] = F.mse_loss(estimate, means(wanted, wanted.shape[-1] // size))
         total = at_step(config.canvas, step) * sum(parts.values())
         shown = self.critic is not None and step >= self.critic.start
-        near, real, level = (at_step(weight, step) for weight in (config.perceptual, config.real, config.l1))
-        painted = None
-        if shown or near or real or level:
+        names = ("perceptual", "real", "l1", "real_l1")
+        near, real, *levels = (at_step(getattr(config, name), step) for name in names)
+        painted = goal = None
+        if shown or near or real or any(levels):
             with steady(images.device):
                 painted = self._canvas[0].paint(y).float()
                 goal = self._canvas[0].paint(wanted).float()
-        if level:
-            parts["l1"] = l1(painted, goal).mean()
-            total = total + level * parts["l1"]
+        for name, weight, other in zip(names[2:], levels, (goal, images), strict=True):
+            if weight:
+                parts[name] = l1(painted, other).mean()
+                total = total + weight * parts[name]
         if near or real:
             with steady(images.device):
                 felt = [f.float() for f in self.distance.maps(painted)]
