@@ -68,15 +68,15 @@ class Perceptual(nn.Module, ABC):
             raise ValueError(
                 f"{self.name} compares two batches b 3 h w of one size, got {tuple(x.shape)} and {tuple(y.shape)}"
             )
-        if not self.size and min(x.shape[-2:]) < self.least:
-            raise ValueError(f"{self.name} takes pictures of {self.least} pixels and more, got {tuple(x.shape[-2:])}")
         # Two passes, not one over both: the net is frozen, so the pass over the original keeps nothing for backward.
         fx, fy = self.maps(x), self.maps(y)
         with torch.autocast(x.device.type, enabled=False):
             return self.compare([f.float() for f in fx], [f.float() for f in fy])
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """x: b 3 h w in [0, 1] -> the feature maps, each b c h w."""
+        """x: b 3 h w in [0, 1] -> the feature maps, each b c h w. Raises ``ValueError`` for pictures too small."""
+        if not self.size and min(x.shape[-2:]) < self.least:
+            raise ValueError(f"{self.name} takes pictures of {self.least} pixels and more, got {tuple(x.shape[-2:])}")
         return self.features(self._prepare(x))
 
     def train(self, mode: bool = True) -> Perceptual:

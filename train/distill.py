@@ -275,7 +275,6 @@ def student_of(teacher: Tokenizer, config: DistillConfig) -> Tokenizer:
             )
     decoder = teacher.config["decoder"] | {key: value for key, value in changed.items() if key in takes}
     student = Tokenizer.from_config(teacher.config | {"name": config.name, "codes": teacher.codes, "decoder": decoder})
-    student.load_state_dict(teacher.state_dict(), strict=False)
     start = teacher
     if config.student.tokenizer:
         start = load(config.student.tokenizer, "cpu")
@@ -285,8 +284,9 @@ def student_of(teacher: Tokenizer, config: DistillConfig) -> Tokenizer:
             )
     try:
         # Convolutions that are new begin as nothing.
-        fresh = {key: value for key, value in student.decoder.state_dict().items() if key.startswith("refine.")}
-        student.decoder.load_state_dict(fresh | start.decoder.state_dict())
+        fresh = {key: value for key, value in student.state_dict().items() if key.startswith("decoder.refine.")}
+        drawn = {f"decoder.{key}": value for key, value in start.decoder.state_dict().items()}
+        student.load_state_dict(fresh | teacher.state_dict() | drawn)
     except RuntimeError as error:
         raise ConfigError(
             f"student.tokenizer: the decoder of {start.name} is another than its teacher's: {error}"
