@@ -300,6 +300,8 @@ def test_pictures_too_small_for_a_net_are_refused(backbone: Callable[[str], str]
         assert distance(*torch.rand(2, 1, 3, least, least)).isfinite().all()
         with pytest.raises(ValueError, match=f"of {least} pixels and more"):
             distance(*torch.rand(2, 1, 3, least, least - 1))
+        with pytest.raises(ValueError, match=f"of {least} pixels and more"):  # losses make the features by themselves
+            distance.maps(torch.rand(1, 3, least, least - 1))
 
 
 # DreamSim
