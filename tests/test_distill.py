@@ -154,6 +154,30 @@ def test_a_student_goes_on_and_gets_convolutions(teacher: Path, distilled: Path,
             student_of(tv.load(str(teacher), "cpu"), read_config(override(more, [line])))
 
 
+def test_a_student_of_fewer_tokens_grows(teacher: Path, distilled: Path, images: Path, tmp_path: Path) -> None:
+    before, table = tv.load(str(distilled), "cpu"), tv.load(str(teacher), "cpu").config
+    more = {part: table[part] | {"max_tokens": 6} for part in ("encoder", "decoder")}
+    Tokenizer.from_config(table | more | {"codes": before.codes}).save(tmp_path / "more.safetensors")
+    recipe = recipe_of(tmp_path / "more.safetensors", images, f"student.tokenizer={distilled}")
+    begun = student_of(tv.load(str(tmp_path / "more.safetensors"), "cpu"), read_config(recipe)).eval()
+    codes = torch.randn(2, 4, 3)
+    torch.testing.assert_close(begun.decoder(codes), before.decoder(codes))
+    assert begun.decoder(torch.randn(2, 6, 3)).shape == (2, 3, 16, 16)
+
+
+def test_a_teacher_draws_only_where_a_loss_looks(teacher: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real pictures alone may teach, from some step or always; the terms of the teacher are then not there."""
+    schedule = "loss.canvas={ start = 1.0, end = 0.0, from_step = 2, to_step = 2 }"
+    task = DistillTask(read_config(recipe_of(teacher, images, "loss.real_l1=1.0", schedule)), torch.device("cpu"))
+    walks = []
+    forward = task._teacher[0].forward
+    monkeypatch.setattr(task._teacher[0], "forward", lambda *a, **k: walks.append(task.step) or forward(*a, **k))
+    said = []
+    for task.step in range(4):
+        said.append(set(task(batch_of(task)).parts))
+    assert walks == [0, 1] and said == [{"canvas", "real_l1"}] * 2 + [{"real_l1"}] * 2
+
+
 def test_validation_says_both(teacher: Path, distilled: Path, images: Path) -> None:
     (told,) = lines(distilled, "val")
     before, after = tv.load(teacher, device="cpu"), tv.load(distilled, device="cpu")

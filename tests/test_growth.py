@@ -108,6 +108,33 @@ def test_a_broken_run_goes_on_to_the_bit(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_another_decoder_of_the_first_ids_grows(small: Tokenizer, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """A decoder trained for the tokenizer before it grew learns the new tokens; what it drew of the first it draws."""
+    untrained(build(TrainConfig, recipe)).save(tmp_path / "grown.safetensors")
+    flow = {"kind": "flow", **{k: v for k, v in small.config["decoder"].items() if k != "kind"}, "predict": "picture"}
+    early = Tokenizer.from_config(small.config | {"decoder": flow}).eval()
+    early.decoder.to_patches.weight.data.normal_()
+    early.save(tmp_path / "early.safetensors")
+    recipe["tokenizer"] = {"canvas": recipe["tokenizer"]["canvas"], "decoder": flow | {"max_tokens": MORE}}
+    recipe["init"] = {
+        "tokenizer": str(tmp_path / "grown.safetensors"),
+        "parts": ["encoder", "quantizer"],
+        "adopt": ["decoder"],
+        "freeze": True,
+        "decoder": str(tmp_path / "early.safetensors"),
+    }
+    late = untrained(build(TrainConfig, recipe)).eval()
+    tokens = late.encode(torch.rand(2, 3, 16, 16))
+    torch.testing.assert_close(late.decode(tokens[:, :6]), early.decode(tokens[:, :6]))
+    assert late.decode(tokens).shape == (2, 3, 16, 16)
+    Tokenizer.from_config(small.config | {"codes": "others"}).save(tmp_path / "early.safetensors")
+    with pytest.raises(ConfigError, match="init.decoder: .*early.safetensors decodes ids of 'others'"):
+        untrained(build(TrainConfig, recipe))
+    recipe["init"] |= {"parts": ["quantizer"], "adopt": ["encoder"]}
+    with pytest.raises(ConfigError, match="adopt names no decoder"):
+        build(TrainConfig, recipe)
+
+
 def test_kept_statistics_are_those_of_evaluation() -> None:
     standard = Standard(5, 3)
     standard.mean.normal_()

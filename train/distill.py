@@ -32,6 +32,7 @@ from tokenizers_vis.train.data import DataConfig, TrainBatches, val_batches
 from tokenizers_vis.train.distill_losses import DistillLoss, DistillSum
 from tokenizers_vis.train.task import RunConfig, Task, Validation
 from tokenizers_vis.train.terms import Losses
+from tokenizers_vis.train.tokenizer_task import with_rows
 
 Steps = int | tuple[int, ...]
 
@@ -68,7 +69,8 @@ class StudentConfig:
 
     usual_noise: share of training images that start from the one noise that ``decode`` starts from where no seed is
         given; the others start from noise of their own.
-    tokenizer: an earlier student of the same tokens whose decoder goes on learning; "" starts from the teacher's.
+    tokenizer: an earlier student of the same tokens, or of the first of them, whose decoder goes on learning; "" starts
+        from the teacher's.
     refine: channels of the convolutions that follow its patches, where the decoder can have some (``Refine``); 0 leaves
         them as the teacher has them.
     """
@@ -160,8 +162,10 @@ class DistillTask(Task):
         with torch.no_grad():
             codes, lengths = self._codes(images)
             noise = self._noise(len(images))
-            options = config.teacher.options | {"steps": config.teacher.steps, "noise": noise}
-            wanted = self._teacher[0](codes, lengths, **options)
+            wanted = None
+            if config.loss.of_teacher(self.step):
+                options = config.teacher.options | {"steps": config.teacher.steps, "noise": noise}
+                wanted = self._teacher[0](codes, lengths, **options)
         seen: dict[int, Tensor] = {}  # what the last step at each size made of the picture
 
         def watch(step: int, steps: int, estimate: Tensor) -> None:
@@ -285,7 +289,8 @@ def student_of(teacher: Tokenizer, config: DistillConfig) -> Tokenizer:
     try:
         # Convolutions that are new begin as nothing.
         fresh = {key: value for key, value in student.state_dict().items() if key.startswith("decoder.refine.")}
-        drawn = {f"decoder.{key}": value for key, value in start.decoder.state_dict().items()}
+        drawn = with_rows(start.decoder.state_dict(), teacher.decoder.state_dict(), teacher.decoder.tables)
+        drawn = {f"decoder.{key}": value for key, value in drawn.items()}
         student.load_state_dict(fresh | teacher.state_dict() | drawn)
     except RuntimeError as error:
         raise ConfigError(

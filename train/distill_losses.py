@@ -47,6 +47,10 @@ class DistillLoss:
         if not any(map(ever, weights.values())):
             raise ValueError("no loss has a weight: give canvas, l1, perceptual, real or real_l1 one")
 
+    def of_teacher(self, step: int) -> bool:
+        """Whether a term looks at the teacher's picture at this optimiser step."""
+        return any(at_step(weight, step) for weight in (self.canvas, self.l1, self.perceptual))
+
 
 class DistillSum(Bearer):
     """Computes the weighted sum. critic: what the adversarial loss is played against, or None; not registered here.
@@ -71,15 +75,18 @@ class DistillSum(Bearer):
     def critic(self) -> Critic | None:
         return self._critic[0]
 
-    def forward(self, y: Tensor, coarse: list[Tensor], wanted: Tensor, images: Tensor, step: int) -> Losses:
-        """y, wanted: b c h w, of student and teacher. coarse: b c h w of smaller sizes, what the student had of its
-        picture there. images: b 3 h w, floats in [0, 1], the real ones. step: the optimiser step, from 0."""
+    def forward(self, y: Tensor, coarse: list[Tensor], wanted: Tensor | None, images: Tensor, step: int) -> Losses:
+        """y, wanted: b c h w, of student and teacher; wanted is None at a step where no term looks at it. coarse:
+        b c h w of smaller sizes, what the student had of its picture there. images: b 3 h w, floats in [0, 1], the real
+        ones. step: the optimiser step, from 0."""
         config = self.config
-        parts = {"canvas": F.mse_loss(y, wanted)}
-        for estimate in coarse:
-            size = estimate.shape[-1]
-            parts[f"canvas_{size}"] = F.mse_loss(estimate, means(wanted, wanted.shape[-1] // size))
-        total = at_step(config.canvas, step) * sum(parts.values())
+        parts = {}
+        if wanted is not None:
+            parts["canvas"] = F.mse_loss(y, wanted)
+            for estimate in coarse:
+                size = estimate.shape[-1]
+                parts[f"canvas_{size}"] = F.mse_loss(estimate, means(wanted, wanted.shape[-1] // size))
+        total = at_step(config.canvas, step) * sum(parts.values(), start=y.new_zeros(()))
         shown = self.critic is not None and step >= self.critic.start
         names = ("perceptual", "real", "l1", "real_l1")
         near, real, *levels = (at_step(getattr(config, name), step) for name in names)
@@ -87,7 +94,7 @@ class DistillSum(Bearer):
         if shown or near or real or any(levels):
             with steady(images.device):
                 painted = self._canvas[0].paint(y).float()
-                goal = self._canvas[0].paint(wanted).float()
+                goal = None if wanted is None else self._canvas[0].paint(wanted).float()
         for name, weight, other in zip(names[2:], levels, (goal, images), strict=True):
             if weight:
                 parts[name] = l1(painted, other).mean()

@@ -46,6 +46,9 @@ class InitConfig:
         encoder is adopted and learns nothing but the tokens that are new; a decoder that is adopted grows as well. The
         quantizer is taken whole and frozen.
 
+    decoder: another trained tokenizer whose decoder is adopted in place of that of ``tokenizer``. Its ids are the same,
+        or the first of them: with fewer tokens it grows.
+
     tower, tower_weights: a timm model of CLIP or SigLIP, and a local file of it or "" for a download, from which the
         transformer of a dual encoder starts (TokenFlow).
 
@@ -58,6 +61,7 @@ class InitConfig:
     freeze: bool | tuple[Part, ...] = False
     adopt: tuple[Part, ...] = ()
     first_tokens: int = 0
+    decoder: str = ""
     tower: str = ""
     tower_weights: str = ""
 
@@ -70,6 +74,8 @@ class InitConfig:
             raise ValueError(f"{', '.join(both)} is either taken whole (parts) or adopted, not both")
         if not isinstance(self.freeze, bool) and (loose := set(self.freeze) - set(self.parts)):
             raise ValueError(f"freeze names parts that are taken whole; {', '.join(loose)} is not among parts")
+        if self.decoder and "decoder" not in self.adopt:
+            raise ValueError("decoder is the tokenizer whose decoder is adopted: adopt names no decoder")
         if self.first_tokens and not ("encoder" in self.adopt and "quantizer" in self.frozen):
             raise ValueError("first_tokens comes with an encoder that is adopted and a quantizer that is frozen")
 
@@ -219,18 +225,25 @@ def untrained(config: TrainConfig) -> Tokenizer:
         getattr(tokenizer, part).load_state_dict(getattr(source, part).state_dict())
     if init.first_tokens:
         _check_grows(tokenizer, source, init)
+    drawer = load(init.decoder, device="cpu") if init.decoder else source
+    if init.decoder and drawer.codes != tokenizer.codes:
+        raise ConfigError(
+            f"init.decoder: {init.decoder} decodes ids of {drawer.codes!r}, the recipe's tokenizer makes those of "
+            f"{tokenizer.codes!r}"
+        )
     for part in init.adopt:
         if part == "canvas":
             adopt_canvas(tokenizer.canvas, source, init.tokenizer)
             continue
-        own, other = (getattr(t, part).state_dict() for t in (tokenizer, source))
+        giver = drawer if part == "decoder" else source
+        own, other = (getattr(t, part).state_dict() for t in (tokenizer, giver))
         resized = {key: resized_patches(key, value, own[key].shape) for key, value in other.items() if key in own}
-        for key in getattr(tokenizer, part).tables if init.first_tokens else ():
-            if key in resized:
-                resized[key] = torch.cat([resized[key], own[key][len(resized[key]) :]])
+        if giver.codes == tokenizer.codes:
+            resized = with_rows(resized, own, getattr(tokenizer, part).tables)
         fitting = {key: value for key, value in resized.items() if own[key].shape == value.shape}
         if not fitting:
-            raise ConfigError(f"init.adopt: the {part} of {init.tokenizer} has no weight of the same name and shape")
+            name = init.decoder if giver is not source else init.tokenizer
+            raise ConfigError(f"init.adopt: the {part} of {name} has no weight of the same name and shape")
         getattr(tokenizer, part).load_state_dict({**own, **fitting})
     return tokenizer
 
@@ -250,6 +263,12 @@ def _check_grows(tokenizer: Tokenizer, source: Tokenizer, init: InitConfig) -> N
     if mine != its:
         keys = ", ".join(key for key in {**mine, **its} if mine.get(key) != its.get(key))
         raise ConfigError(f"tokenizer.encoder differs from that of {name} in more than max_tokens: {keys}")
+
+
+def with_rows(state: dict[str, Tensor], own: Mapping[str, Tensor], tables: Sequence[str]) -> dict[str, Tensor]:
+    """``state`` with as many tokens as ``own``: the rows of its ``tables`` are cut, or followed by those of ``own``."""
+    shared = [key for key in tables if key in state and state[key].shape[1:] == own[key].shape[1:]]
+    return state | {key: torch.cat([state[key][: len(own[key])], own[key][len(state[key]) :]]) for key in shared}
 
 
 def resized_patches(key: str, value: Tensor, shape: Sequence[int]) -> Tensor:
