@@ -19,6 +19,7 @@ import tokenizers_vis as tv
 from tokenizers_vis.cli import main
 from tokenizers_vis.generator import Generator
 from tokenizers_vis.generators import exact
+from tokenizers_vis.generators import prior as prior_module
 from tokenizers_vis.generators.exact import Exact, exact_copy
 from tokenizers_vis.generators.prior import Prior, integer_weights, read_header
 from tokenizers_vis.token_file import TokenFileError
@@ -34,13 +35,14 @@ CODES: dict[str, tuple[list[int], dict[str, Any]]] = {
     "bits": ([4, 16], {"kind": "bits"}),
 }
 N = 10
+BACKBONE = {"width": 16, "depth": 2, "heads": 2}
 
 
 def generator(codes: str = "table", kind: str = "causal", seed: int = 0, **over: Any) -> Generator:
     """Untrained, and so sure of its guesses that there is something to win."""
     torch.manual_seed(seed)
     sizes, how = CODES[codes]
-    model = {"kind": kind, "backbone": {"width": 16, "depth": 2, "heads": 2}, "codes": how}
+    model = {"kind": kind, "backbone": BACKBONE, "codes": how}
     table = {"name": "tiny", "tokenizer": "t", "hash": "0" * 16, "codebook_sizes": sizes, "nested": True,
              "max_tokens": N, "classes": 3, "class_names": ["cat", "dog", "owl"], "model": model}  # fmt: skip
     gen = Generator.from_config({**table, **over}).eval().requires_grad_(False)
@@ -87,6 +89,43 @@ def test_tokens_come_back(codes: str, kind: str) -> None:
     # What the images take is what theory says, but for whole bytes.
     theory = sum(gen.bits(one, label).sum().item() / 8 for one, label in zip(tokens, labels, strict=True))
     assert theory < sum(map(len, read_header(data).images)) < theory * 1.01 + len(tokens)
+
+
+@pytest.mark.parametrize("codes", ["table", "factorized", "bits", "large"])
+def test_tokens_that_the_generator_does_not_know_follow_plainly(codes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ordered tokenizer may have more tokens than its generator: those cost what packed ids cost."""
+    large = {"codebook_sizes": [2**18], "model": {"kind": "causal", "backbone": BACKBONE, "codes": {"kind": "bits"}}}
+    gen = generator("bits", **large) if codes == "large" else generator(codes)
+    _, labels = images(gen, 6)
+    more = torch.stack([torch.randint(size, (6, 7)) for size in gen.codebook_sizes], dim=2)
+    ids = torch.cat([gen.sample(labels).ids, more], dim=1)
+    ids[1, N:] = 0  # of which the range coder leaves out what it can
+    lengths = torch.tensor([N + 7, N + 7, N + 3, N, 4, 1])
+    ids = ids.masked_fill(torch.arange(N + 7)[:, None] >= lengths[:, None, None], -1)
+    tokens = Tokens(ids, gen.codebook_sizes, gen.tokenizer, lengths, True)
+    data = tokens.to_bytes(gen, labels)
+    assert data[4] == 2 and Tokens.from_bytes(data, gen) == tokens
+    known = Tokens(ids[:, :N], gen.codebook_sizes, gen.tokenizer, lengths.clamp(max=N), True)
+    short = known.to_bytes(gen, labels)
+    extra = len(read_header(data).images[0]) - len(read_header(short).images[0])
+    bits = sum(math.log2(size) for size in gen.codebook_sizes)
+    assert abs(extra - 7 * bits / 8) <= 1
+    # A header that promises more tokens than its bytes can hold is not believed.
+    monkeypatch.setattr(prior_module, "read_header", lambda data: read_header(data)._replace(lengths=[10_000] * 6))
+    with pytest.raises(TokenFileError, match="the header is wrong"):
+        Prior(gen).from_bytes(short)
+    whole = Tokens(ids[:1], gen.codebook_sizes, gen.tokenizer, None, True)
+    told = gen.bits(whole, labels[0])
+    torch.testing.assert_close(told[:, :N], gen.bits(whole[:, :N], labels[0]))
+    torch.testing.assert_close(told[:, N:], torch.full((1, 7), bits))
+    with pytest.raises(ValueError, match=rf"knows their prefix, tokens\[:, :{N}\]"):
+        gen.sample(labels[0], prefix=whole)
+
+
+def test_more_tokens_than_an_image_has_are_refused() -> None:
+    gen = generator(nested=False)
+    with pytest.raises(ValueError, match=f"goes up to {N} tokens an image, got {N + 1}"):
+        Tokens(torch.zeros(1, N + 1, 1, dtype=torch.int64), [64], "t").to_bytes(gen)
 
 
 @pytest.mark.parametrize("codes", CODES)
@@ -250,8 +289,6 @@ def test_what_does_not_go_together_is_refused(gen: Generator) -> None:
         tokens.to_bytes(generator(kind="masked"))
     with pytest.raises(ValueError, match="these tokens are of 'other'"):
         Tokens(tokens.ids.clamp_min(0), (64,), "other").to_bytes(gen)
-    with pytest.raises(ValueError, match="up to 10 tokens"):
-        Tokens(torch.zeros(1, 11, 1, dtype=torch.int64), (64,), "t").to_bytes(gen)
     with pytest.raises(ValueError, match="labels are one for all"):
         tokens.to_bytes(gen, [0, 1])
     with pytest.raises(ValueError, match="from 0 to 2"):

@@ -16,7 +16,8 @@
 
 A choice is coded with integer weights: 2^30 2^-(l / 16), cut to whole numbers, where l is how far its logit is below
 the largest in sixteenths of a bit, rounded. The range coder, constriction's, makes shares of 2^24 of them, none 0.
-The logits are ``Exact``, so that every machine finds the same weights.
+The logits are ``Exact``, so that every machine finds the same weights. Tokens of an ordered tokenizer that come after
+the last the generator knows follow with equal shares for all ids, 16 bits of an id at a time, the lowest first.
 
 Letters: b batch, n tokens, k codebooks, v ids to choose from.
 """
@@ -34,6 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -48,6 +50,7 @@ _STEPS = 16  # of a logit, in one bit
 _WEIGHTS = np.array([round(2 ** (30 - step / _STEPS)) for step in range(_STEPS)])
 _MOST = 2**20  # ids to choose from: each gets a share of 2^24
 _BATCH = 32
+_DIGIT = 2**16  # of an id that is coded without the generator
 _OTHER = (
     "the ids do not match their checksum, though the file is whole: this machine computes other probabilities than the "
     "one that wrote it, or another version of constriction divides the line in another way; please report both"
@@ -125,7 +128,7 @@ class Prior:
                 f"the file was coded with the generator {file.name!r} of hash {file.hash}; {gen.name!r} here has "
                 f"{self.hash}, so its probabilities are others. Load that one, in float32"
             )
-        if max(file.labels) > gen.classes or max(file.lengths) > gen.max_tokens:
+        if max(file.labels) > gen.classes or not all(map(self._can_hold, file.images, file.lengths)):
             raise TokenFileError(f"the header is wrong: {gen.name} has {gen.classes} classes, {gen.max_tokens} tokens")
         rows = torch.tensor([label - 1 if label else gen.classes for label in file.labels])
         ids = self._decode(file.images, rows, file.lengths)
@@ -141,9 +144,9 @@ class Prior:
     def _encode(self, ids: Tensor, labels: Tensor, lengths: Sequence[int]) -> list[bytes]:
         """ids: b n k, whatever after an image's last token -> the bytes of each image."""
         images: list[bytes] = []
-        codes = self._model.codes
+        codes, known = self._model.codes, self.generator.max_tokens
         for part in _parts(len(ids)):
-            stream = codes.to_stream(ids[part])
+            stream = codes.to_stream(ids[part, :known])
             length, ends = stream.shape[1], [n * codes.per_token for n in lengths[part]]
             coded: list[list[tuple[int, np.ndarray]]] = [[] for _ in ends]
             with Exact():
@@ -158,16 +161,19 @@ class Prior:
                         for row, end in enumerate(ends):
                             if place < end:
                                 coded[row].append((int(choices[row, place, j]) - first, table[row]))
+            for row, image in enumerate(ids[part]):
+                for digit, radix in self._digits(image[known : lengths[part][row]]):
+                    coded[row].append((digit, np.ones(radix)))
             images += map(self._shortest, coded)
         return images
 
     @torch.no_grad()
     def _decode(self, images: Sequence[bytes], labels: Tensor, lengths: Sequence[int]) -> Tensor:
         """b n k, 0 after an image's last token."""
-        codes, streams = self._model.codes, []
+        codes, known, found = self._model.codes, self.generator.max_tokens, []
         for part in _parts(len(images)):
             decoders, ends = [self._decoder(one) for one in images[part]], [n * codes.per_token for n in lengths[part]]
-            length = max(lengths) * codes.per_token
+            length = min(max(lengths), known) * codes.per_token
             with Exact():
                 session = self._model.session(labels[part], length)
                 hidden, stream = session.hidden, []
@@ -183,8 +189,33 @@ class Prior:
                     stream.append(codes.from_choices(choices))
                     if place + 1 < length:
                         hidden = session.advance(stream[-1])
-            streams.append(torch.cat(stream, dim=1))
-        return codes.from_stream(torch.cat(streams))
+            ids = codes.from_stream(torch.cat(stream, dim=1))
+            found.append(F.pad(ids, (0, 0, 0, max(lengths) - ids.shape[1])))
+            for row, image in enumerate(found[-1]):
+                rest = image[known : lengths[part][row]]
+                digits = [self._read(decoders[row], self._law(np.ones(radix))) for _, radix in self._digits(rest)]
+                self._put(rest, digits)
+        return torch.cat(found)
+
+    def _digits(self, rest: Tensor) -> list[tuple[int, int]]:
+        """rest: n k, ids of an image that the generator does not know -> digits, each with how many there are of it."""
+        found = []
+        for token in rest.tolist():
+            for number, size in zip(token, self.generator.codebook_sizes, strict=True):
+                while size > 1:
+                    found.append((number % _DIGIT, min(size, _DIGIT)))
+                    number, size = number // _DIGIT, -(-size // _DIGIT)
+        return found
+
+    def _put(self, rest: Tensor, digits: Sequence[int]) -> None:
+        """Writes into ``rest``, n k, what ``_digits`` took apart."""
+        left = iter(digits)
+        for token in rest:
+            for j, size in enumerate(self.generator.codebook_sizes):
+                worth = 1
+                while size > 1:
+                    token[j] += next(left) * worth
+                    worth, size = worth * _DIGIT, -(-size // _DIGIT)
 
     def _weights(self, hidden: Tensor, choices: Tensor, place: int, j: int) -> np.ndarray:
         """hidden: b 1 d, choices: b 1 draws -> b v, whole numbers in float64."""
@@ -242,9 +273,15 @@ class Prior:
                 f"those of {gen.tokenizer!r} with {gen.codebook_sizes}"
             )
         lengths = [tokens.n_tokens] * len(tokens) if tokens.lengths is None else tokens.lengths.tolist()
-        if max(lengths) > gen.max_tokens:
+        if max(lengths) > gen.max_tokens and not gen.nested:
             raise ValueError(f"{gen.name} goes up to {gen.max_tokens} tokens an image, got {max(lengths)}")
         return lengths
+
+    def _can_hold(self, image: bytes, n: int) -> bool:
+        """Whether so many tokens may be in these bytes, of which ``_shortest`` leaves out 8 at most."""
+        gen = self.generator
+        rest = n - gen.max_tokens
+        return rest <= 0 or (gen.nested and rest * sum(map(math.log2, gen.codebook_sizes)) <= 8 * (len(image) + 9))
 
     def _labels(self, labels: Any, b: int) -> Tensor:
         rows = self.generator.label_rows(labels).cpu()
