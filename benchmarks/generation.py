@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
                          "bits_per_image": bits, "seconds": time.perf_counter() - began})  # fmt: skip
 
         real = features("held-out pictures", held_out(source, tok, options.n))
-        judge("their reconstructions", reconstructions(source, tok, options.n))
+        judge("their reconstructions", reconstructions(gen, tok, source, options.n))
         train, val, labels = counted(shards, gen, source, tok, options)
         for kind in CONTEXTS:
             model = NGram(train, sum(gen.codebook_sizes), kind)
@@ -131,8 +131,8 @@ def held_out(source: Any, tok: Tokenizer, n: int) -> Iterator[Tensor]:
     return (batch.float() / 255 for batch in val_batches(source, tok.image_size, n, BATCH))
 
 
-def reconstructions(source: Any, tok: Tokenizer, n: int) -> Iterator[Tensor]:
-    return (tok.reconstruct(batch) for batch in held_out(source, tok, n))
+def reconstructions(gen: Generator, tok: Tokenizer, source: Any, n: int) -> Iterator[Tensor]:
+    return (tok.decode(tok.encode(batch, gen.max_tokens)) for batch in held_out(source, tok, n))
 
 
 def samples(
@@ -157,7 +157,7 @@ def counted(
     """Training sequences b l of all crops, those of the held-out pictures, and labels to draw."""
     every = np.tile(np.arange(len(shards)), shards.crops), np.repeat(np.arange(shards.crops), len(shards))
     train = sequences(shards.gather(*every), gen)
-    val = torch.cat([tok.encode(batch).ids.cpu() for batch in held_out(source, tok, options.n)])
+    val = torch.cat([tok.encode(batch, gen.max_tokens).ids.cpu() for batch in held_out(source, tok, options.n)])
     drawn = np.random.default_rng(options.seed).choice(shards.labels, options.n)
     return train, sequences(val, gen), [int(label) if label >= 0 else None for label in drawn]
 
@@ -169,7 +169,7 @@ def sequences(ids: Tensor, gen: Generator) -> np.ndarray:
 
 def own_bits(gen: Generator, tok: Tokenizer, source: Any, n: int) -> float:
     """Of a held-out picture without its class, which a folder does not tell."""
-    bits = [gen.bits(tok.encode(batch)).sum(dim=1).cpu() for batch in held_out(source, tok, n)]
+    bits = [gen.bits(tok.encode(batch, gen.max_tokens)).sum(dim=1).cpu() for batch in held_out(source, tok, n)]
     return torch.cat(bits).mean().item()
 
 

@@ -223,12 +223,12 @@ def test_list_is_a_table_of_every_preset(run: Callable[..., Ended]) -> None:
     assert head == ["name", "tokens", "codebook", "bits", "px", "rFID", "licence"]
     assert [line[0] for line in lines] == tv.list_presets() and all(len(line) == len(head) for line in lines)
     (mini,) = [line for line in lines if line[0] == "mini"]
-    assert mini[1:] == ["1..64", "4,096", "768", "64", "-", "research (not commercial)"]
+    assert mini[1:] == ["1..128", "4,096", "1,536", "64", "-", "research (not commercial)"]
 
 
 def test_list_for_commercial_use_and_for_programs(run: Callable[..., Ended]) -> None:
     rows = {row["name"]: row for row in json.loads(run("list", "--json").out)}
-    assert list(rows) == tv.list_presets() and rows["mini"]["bits_per_image"] == 768
+    assert list(rows) == tv.list_presets() and rows["mini"]["bits_per_image"] == 1536
     allowed = {name for name, row in rows.items() if row["commercial"]}
     assert {row["name"] for row in json.loads(run("list", "--json", "--commercial-ok").out)} == allowed
     lines = run("list", "--commercial-ok").out.splitlines()[1:]
@@ -677,9 +677,7 @@ def test_train_lists_recipes(run: Callable[..., Ended]) -> None:
     lines = run("train", "--list").out.splitlines()
     assert [line.split()[0] for line in lines] == list_recipes() != []
     (mini,) = (line for line in lines if line.startswith("mini "))
-    assert mini.endswith(
-        "  mini, the tokenizer that comes with the library: 1 to 64 ordered tokens of 4096 codes at 64 px"
-    )
+    assert mini.endswith("  mini, as the bundled tokenizer began: 1 to 64 ordered tokens of 4096 codes at 64 px")
 
 
 def test_train_without_its_extra(run: Callable[..., Ended], recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,12 +221,15 @@ def test_a_recipe_trains_a_flow_in_the_latents_of_a_vae(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["decoder-diffusion", "decoder-patch-flow", "decoder-shortcut"])
 def test_a_recipe_begins_with_the_pictures_of_mini(name: str, photos: list[Path]) -> None:
-    """Its encoder and codebook stay, so that it draws mini's tokens; before any step it draws mini's pictures."""
+    """Its encoder and codebook stay, so that it draws mini's tokens; before any step it draws mini's pictures, without
+    the convolutions behind their patches."""
     from tokenizers_vis import load
 
     config = read_config(override(read_recipe(name), ["data.train=somewhere"]))
     assert set(config.init.frozen) == {"encoder", "quantizer"}
     mini, tok = load("mini", device="cpu"), untrained(config).eval()
+    torch.nn.init.zeros_(mini.decoder.refine.last.weight)
+    torch.nn.init.zeros_(mini.decoder.refine.last.bias)
     tokens = mini.encode(load_image(photos[0]))
     assert torch.equal(tok.encode(load_image(photos[0])).ids, tokens.ids) and tok.codes == mini.codes
     torch.testing.assert_close(tok.decode(tokens, steps=1, guidance=1), mini.decode(tokens), rtol=0, atol=2e-3)

@@ -41,12 +41,18 @@ GOLDEN = {
         1398 1334 2477 1901 1957 1899 1390 1428 1658 1898 2454 443 1946 1260 2965 1388 602 2459 2276 1972 1930
         1945 2342 1454 1391 2413 2476 757 1459 1436 1396 2477 1973 884 818 2549 789 1840 2979 1217 2985 1429
         2418 1454 1460 2918 1196 2317 2450 2420 1917 2908 3287 762 1892 1947 2398 2972 803 2446 1371 2379 1362
-        3478
+        3478 1836 1051 2923 1380 1981 2453 1837 2405 1949 2995 2365 3486 956 1459 1438 1260 2422 793 821 1196
+        2486 1930 1840 2421 1454 3441 2461 2869 766 1974 2476 1845 2420 1974 1962 755 3036 1309 2750 2979 2195
+        2421 2981 749 2862 2342 1391 1819 3357 2962 2877 1389 2853 3231 2397 2358 2331 3302 2107 1900 3367 380
+        3445 2228
     """,
     "flower": """
         265 529 90 1544 1011 553 1155 1492 576 78 1057 981 2612 601 40 2161 1482 2098 1351 1585 1502 55 2626
         3067 2106 2005 1065 3242 1526 49 2108 1587 498 3114 1073 633 3208 1486 609 3578 3121 2821 617 1588 961
-        3124 3123 544 1995 943 562 1145 1074 1000 1049 1487 830 1494 572 1066 971 3122 67 608
+        3124 3123 544 1995 943 562 1145 1074 1000 1049 1487 830 1494 572 1066 971 3122 67 608 2162 1482 2082
+        2167 1066 1014 88 1932 1996 2089 1485 16 2012 1974 2757 1075 1075 400 3106 3115 105 1510 1484 97 3579
+        3113 2013 136 3169 1931 49 2605 1060 948 47 561 3002 3136 2523 593 1943 2165 1502 562 2114 1428 2097 66
+        16 1995 934 2172 1083 554 443 576 975 894 576 550 129 1965 3106 217
     """,
 }
 
@@ -123,7 +129,7 @@ def test_the_bundled_tokenizer_is_sound(mini: Tokenizer, photos: list[Path]) -> 
     threads = torch.get_num_threads()
     report = examine(mini, photos, batch_size=4)
     assert torch.get_num_threads() == threads and report.sound and report.exact
-    assert (report.tokenizer, report.images, report.tokens, report.ids) == ("mini", 6, 384, 384)
+    assert (report.tokenizer, report.images, report.tokens, report.ids) == ("mini", 6, 768, 768)
     changes = {change.condition: change for change in report.changes}
     assert sum(change.sound for change in report.changes) == 3
     assert changes["another batch split"].moved < 1e-5 < 1e-4 < changes["a bfloat16 encoder"].moved < 1
@@ -135,9 +141,9 @@ def test_the_bundled_tokenizer_is_sound(mini: Tokenizer, photos: list[Path]) -> 
     smallest, hundredth, middle = report.margins
     assert 0 < smallest < hundredth < middle < 1 and report.near == 0 and report.rounding < 1e-5
     told = json.loads(json.dumps(report.to_dict(), allow_nan=False))
-    assert told["margins"]["middle"] == middle and len(told["usage"][0]["position_entropy"]) == 64 and told["sound"]
+    assert told["margins"]["middle"] == middle and len(told["usage"][0]["position_entropy"]) == 128 and told["sound"]
     text = str(report)
-    assert f"{report.usage[0].dead:,} not" in text and f"half below {middle:.1e}" in text and "384 ids" in text
+    assert f"{report.usage[0].dead:,} not" in text and f"half below {middle:.1e}" in text and "768 ids" in text
 
 
 def test_ids_that_hang_on_their_batch_are_told(tiny: Callable[..., dict[str, Any]]) -> None:

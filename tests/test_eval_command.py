@@ -93,7 +93,7 @@ def test_other_protocols_are_not_compared(report: Path, tmp_path: Path):
 
 def test_what_cannot_be_measured_says_why(tmp_path: Path):
     for arguments, message in (
-        (("eval", "mini@65", "--data", tmp_path), "64"),
+        (("eval", "mini@129", "--data", tmp_path), "128"),
         (("eval", "jpg@q5", "--data", tmp_path), "jpeg"),
         (("eval", "identity"), "nothing to judge"),
         (("eval", "identity", "--data", tmp_path / "none"), "none"),

@@ -82,7 +82,7 @@ def test_names_stand_for_methods() -> None:
         (["resize@0"], "a long side in pixels"),
         (["mini@x"], "a number of tokens, such as mini@1"),
         (["mini@1,"], "a number of tokens"),
-        (["mini@65"], "asks for 65 tokens; mini makes 1 to 64"),
+        (["mini@129"], "asks for 129 tokens; mini makes 1 to 128"),
         (["titok-l-32@8"], "titok-l-32 makes always 32"),
         (["mini", "jpeg@q5", "mini"], "mini is there twice"),
     ],

@@ -21,7 +21,7 @@ from tokenizers_vis.sources import open_source
 from tokenizers_vis.tokenizer import Tokenizer
 from tokenizers_vis.train.data import val_batches
 
-LENGTHS = powers_of_two(64)
+LENGTHS = powers_of_two(128)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_the_flow_decoder_is_nearer_than_an_enlarged_picture(
         "mobilenetv2_100", str(shared / "weights" / "mobilenetv2_100_same_imagenet1001.fp16.safetensors")
     )
     tokens = mini.encode(images)
-    for n in (16, 64):
+    for n in (16, 64, 128):
         enlarged = F.interpolate(mini.decode(tokens[:, :n]), (128, 128), mode="bicubic", antialias=True).clamp(0, 1)
         with torch.no_grad():
             assert distance(mini_flow.decode(tokens[:, :n]), images).mean() < distance(enlarged, images).mean()
@@ -141,7 +141,7 @@ def test_the_bundled_generator_knows_the_tokens_of_mini(mini: Tokenizer, shared:
     count = 64
     every = [k * len(source) // count for k in range(count)]
     labels = [source.labels(i, i + 1)[0] for i in every]
-    tokens = mini.encode(torch.cat(list(val_batches(source, 64, count, count))))
+    tokens = mini.encode(torch.cat(list(val_batches(source, 64, count, count))), n_tokens=gen.max_tokens)
     told, untold = (gen.bits(tokens, given).mean().item() for given in (labels, None))
     assert told < untold < 9.0 < 0.8 * mini.bits_per_token
     drawn = gen.sample(["goldfish", 145, None], n_tokens=8, seed=3)

@@ -704,13 +704,8 @@ def test_unknown_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name.startswith("mini")])
-def test_shipped_recipe_builds(name: str, tmp_path: Path) -> None:
+def test_shipped_recipe_builds(name: str) -> None:
     table = override(read_recipe(name), ["data.train=somewhere"])
-    if "init" in table:
-        # An untrained twin stands in for the trained tokenizer that the recipe starts from.
-        twin = build(TrainConfig, override(read_recipe(table["init"]["tokenizer"]), ["data.train=somewhere"]))
-        untrained(twin).save(tmp_path / "twin.safetensors")
-        table["init"]["tokenizer"] = str(tmp_path / "twin.safetensors")
     config = build(TrainConfig, table)
     tokenizer = untrained(config)
     assert tokenizer.name == config.name
