@@ -132,7 +132,7 @@ def held_out(source: Any, tok: Tokenizer, n: int) -> Iterator[Tensor]:
 
 
 def reconstructions(gen: Generator, tok: Tokenizer, source: Any, n: int) -> Iterator[Tensor]:
-    return (tok.decode(tok.encode(batch, gen.max_tokens)) for batch in held_out(source, tok, n))
+    return (tok.reconstruct(batch, gen.max_tokens) for batch in held_out(source, tok, n))
 
 
 def samples(

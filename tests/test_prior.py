@@ -118,6 +118,8 @@ def test_tokens_that_the_generator_does_not_know_follow_plainly(codes: str, monk
     told = gen.bits(whole, labels[0])
     torch.testing.assert_close(told[:, :N], gen.bits(whole[:, :N], labels[0]))
     torch.testing.assert_close(told[:, N:], torch.full((1, 7), bits))
+    with pytest.raises(ValueError, match="unlike numbers of tokens"):
+        gen.bits(Tokens(ids[:3], gen.codebook_sizes, gen.tokenizer, lengths[:3], True))  # all longer than it knows
     with pytest.raises(ValueError, match=rf"knows their prefix, tokens\[:, :{N}\]"):
         gen.sample(labels[0], prefix=whole)
 

@@ -253,16 +253,16 @@ class Generator(nn.Module):
         """What each token costs under this generator: -log2 p given the class and what it goes by; b n, float32.
 
         The sum over an image is its length in bits under an ideal code. A masked generator gives an estimate that in
-        the mean is above it. Tokens of an ordered tokenizer after ``max_tokens`` cost their packed bits, as in a file
+        the mean is above it. Tokens of an ordered tokenizer after ``max_tokens`` cost what even odds cost, as in a file
         (``Prior``). labels: one for all, or one each. Raises ``ValueError`` for tokens of another tokenizer.
         """
-        more = max(tokens.n_tokens - self.max_tokens, 0) if isinstance(tokens, Tokens) and tokens.nested else 0
-        ids = self._own(tokens[:, : self.max_tokens] if more else tokens)
+        every = self._own(tokens, longer=True)
+        ids = every[:, : self.max_tokens]
         rows = self.label_rows(labels)
         if len(rows) not in (1, len(ids)):
             raise ValueError(f"labels are one for all or one each: got {len(rows)} for {len(ids)} images")
         bits = -self.model.log_prob(ids, rows.expand(len(ids))) / math.log(2)
-        return F.pad(bits, (0, more), value=sum(map(math.log2, self.codebook_sizes)))
+        return F.pad(bits, (0, every.shape[1] - ids.shape[1]), value=sum(map(math.log2, self.codebook_sizes)))
 
     def forward_passes(self, n_tokens: int | None = None, *, given: int = 0, **sampling: Any) -> int:
         """How often ``sample`` runs the transformer for a batch, with a prefix of so many given tokens."""
@@ -389,8 +389,8 @@ class Generator(nn.Module):
         self.model.check_prefix(ids.shape[1])
         return ids.expand(b, -1, -1)
 
-    def _own(self, tokens: Tokens) -> Tensor:
-        """The ids of tokens of its tokenizer: b n k, on the device."""
+    def _own(self, tokens: Tokens, longer: bool = False) -> Tensor:
+        """The ids of tokens of its tokenizer: b n k, on the device. longer: an ordered tokenizer's may be too many."""
         if not isinstance(tokens, Tokens):
             raise ValueError(f"a generator takes Tokens, got {type(tokens).__name__}; tv.Tokens(ids, ...) makes them")
         if tokens.tokenizer != self.tokenizer or tokens.codebook_sizes != self.codebook_sizes:
@@ -400,7 +400,7 @@ class Generator(nn.Module):
             )
         if tokens.lengths is not None:
             raise ValueError("these images have unlike numbers of tokens; go image by image, or take a common prefix")
-        if tokens.n_tokens > self.max_tokens:
+        if tokens.n_tokens > self.max_tokens and not (longer and tokens.nested):
             prefix = f"; it knows their prefix, tokens[:, :{self.max_tokens}]" if tokens.nested else ""
             raise ValueError(f"{self.name} goes up to {self.max_tokens} tokens an image, got {tokens.n_tokens}{prefix}")
         return tokens.ids.to(self.device)

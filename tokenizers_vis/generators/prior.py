@@ -161,9 +161,9 @@ class Prior:
                         for row, end in enumerate(ends):
                             if place < end:
                                 coded[row].append((int(choices[row, place, j]) - first, table[row]))
-            for row, image in enumerate(ids[part]):
-                for digit, radix in self._digits(image[known : lengths[part][row]]):
-                    coded[row].append((digit, np.ones(radix)))
+            for row, image in enumerate(ids[part].tolist()):
+                for token in image[known : lengths[part][row]]:
+                    coded[row] += [(token[j] // worth % len(even), even) for j, worth, even in self._digits]
             images += map(self._shortest, coded)
         return images
 
@@ -192,30 +192,21 @@ class Prior:
             ids = codes.from_stream(torch.cat(stream, dim=1))
             found.append(F.pad(ids, (0, 0, 0, max(lengths) - ids.shape[1])))
             for row, image in enumerate(found[-1]):
-                rest = image[known : lengths[part][row]]
-                digits = [self._read(decoders[row], self._law(np.ones(radix))) for _, radix in self._digits(rest)]
-                self._put(rest, digits)
+                for token in image[known : lengths[part][row]]:
+                    for j, worth, even in self._digits:
+                        token[j] += worth * self._read(decoders[row], self._law(even))
         return torch.cat(found)
 
-    def _digits(self, rest: Tensor) -> list[tuple[int, int]]:
-        """rest: n k, ids of an image that the generator does not know -> digits, each with how many there are of it."""
+    @cached_property
+    def _digits(self) -> list[tuple[int, int, np.ndarray]]:
+        """How a token is coded that the generator does not know: each digit's codebook, worth and even weights."""
         found = []
-        for token in rest.tolist():
-            for number, size in zip(token, self.generator.codebook_sizes, strict=True):
-                while size > 1:
-                    found.append((number % _DIGIT, min(size, _DIGIT)))
-                    number, size = number // _DIGIT, -(-size // _DIGIT)
+        for j, size in enumerate(self.generator.codebook_sizes):
+            worth = 1
+            while worth < size:
+                found.append((j, worth, np.ones(min(-(-size // worth), _DIGIT))))
+                worth *= _DIGIT
         return found
-
-    def _put(self, rest: Tensor, digits: Sequence[int]) -> None:
-        """Writes into ``rest``, n k, what ``_digits`` took apart."""
-        left = iter(digits)
-        for token in rest:
-            for j, size in enumerate(self.generator.codebook_sizes):
-                worth = 1
-                while size > 1:
-                    token[j] += next(left) * worth
-                    worth, size = worth * _DIGIT, -(-size // _DIGIT)
 
     def _weights(self, hidden: Tensor, choices: Tensor, place: int, j: int) -> np.ndarray:
         """hidden: b 1 d, choices: b 1 draws -> b v, whole numbers in float64."""
